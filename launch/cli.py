@@ -1,0 +1,109 @@
+"""The `m6` command. Verbs import what they need when they run, so that `m6 --help` is instant."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from training.errors import UserError
+
+PATH = click.Path(path_type=Path)
+DATA_FOLDER = click.option(
+    "--dir", "folder", default="data", type=PATH, show_default=True, help="The data's home."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def m6() -> None:
+    """Train and use M6, a Chinese multimodal mixture-of-experts transformer.
+
+    Set M6_DEBUG=1 for tracebacks and the launcher's own messages.
+    """
+
+
+@m6.group()
+def data() -> None:
+    """The real data that models are trained on."""
+
+
+@data.command()
+@DATA_FOLDER
+def fetch(folder: Path) -> None:
+    """Install the pinned packages, check them, build the corpus. Safe to interrupt and to repeat."""
+    from launch.data import fetch_data
+
+    fetch_data(folder)
+
+
+@data.command()
+@DATA_FOLDER
+def show(folder: Path) -> None:
+    """Count the corpus by source and split, name its licences, print a few samples."""
+    from launch.data import show_data
+
+    show_data(folder)
+
+
+@m6.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--recipe", required=True, type=PATH, help="What is trained: launch/recipes/*.yaml.")
+@click.option("--name", help="The run's folder is runs/NAME; the recipe's file name if not given.")
+@click.option("--data", "folder", type=PATH, help="The data's home; the recipe's `data` if not given.")
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), help="Processes; one a GPU, or 2 on the CPU, if not given."
+)
+@click.option("--dry-run", is_flag=True, help="Check everything and build the model, but take no step.")
+def train(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    name: str | None,
+    folder: Path | None,
+    resume: bool,
+    ranks: int | None,
+    dry_run: bool,
+) -> int:
+    """Train on this machine; KEY=VALUE overrides any key of the recipe, such as optimizer.lr=3e-4."""
+    from launch.run import TrainingRun, launch
+
+    return launch(TrainingRun(recipe, overrides, name or recipe.stem, folder, resume, dry_run), ranks)
+
+
+@m6.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> int:
+    """What this machine has, what is missing, and what to do about it."""
+    from launch.doctor import examine
+
+    return examine(as_json)
+
+
+def main() -> None:
+    """Run the command; every expected failure is one line on stderr.
+
+    Exit codes: 0 done, 1 a failure of ours, 2 a mistake that the user can mend, 130 stopped by Ctrl-C.
+    """
+    try:
+        code = m6.main(prog_name="m6", standalone_mode=False)
+    except click.Abort:
+        _fail("stopped", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "m6"
+        _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", 2)
+    except UserError as error:
+        _fail(str(error), 2)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if os.environ.get("M6_DEBUG"):
+        traceback.print_exc()
+    print(f"m6: {message}", file=sys.stderr)
+    sys.exit(code)

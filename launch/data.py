@@ -1,0 +1,70 @@
+"""`m6 data`: the corpus as tables on the terminal."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from training.data.corpus import Corpus
+from training.data.splits import Split
+
+SPLITS = get_args(Split)
+SAMPLES = 3  # of each kind
+SAMPLE_WIDTH = 60  # characters
+
+
+def fetch_data(folder: Path) -> None:
+    """Fetch and build what is missing, then say what is there."""
+    from training.data.fetch import fetch  # imports torch, which showing a corpus does not need
+
+    summary = fetch(folder)
+    console = Console()
+    console.print(counts(summary.manifest))
+    for what, number in (summary.manifest["skipped"] | summary.manifest["dropped"]).items():
+        console.print(f"left out, {what}: {number}", markup=False)
+    if summary.seconds:
+        console.print(", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in summary.seconds.items()))
+    state = "is up to date, checksums verified" if summary.up_to_date else "is built"
+    console.print(f"{summary.folder} {state}", markup=False)
+
+
+def show_data(folder: Path) -> None:
+    """Counts, licences and a few validation samples. Raises UserError if there is no corpus."""
+    corpus = Corpus.open(folder)
+    console = Console()
+    console.print(counts(corpus.manifest))
+    console.print(f"fingerprint {corpus.fingerprint}\n", markup=False)
+    for row in _spread(corpus.picture_rows("validation")):
+        picture = corpus.picture(row)
+        tags = "、".join(picture.tags)
+        console.print(f"picture  {picture.id}  {picture.zh} | {tags} | {picture.en}", markup=False)
+    for kind in ("poem", "review"):
+        for row in _spread(corpus.text_rows("validation", kind)):
+            text = corpus.text(row)
+            about = " ".join(filter(None, (text.title, text.author, text.topic, text.polarity)))
+            console.print(f"{kind:8s} {about}: {_shortened(text.text)}", markup=False)
+
+
+def counts(manifest: dict[str, Any]) -> Table:
+    """A line a package: rows by split, its licence, or why it is missing."""
+    table = Table(box=None)
+    for heading in ("", "package", *SPLITS, "licence"):
+        table.add_column(heading, justify="right" if heading in SPLITS else "left", overflow="fold")
+    rows = manifest["pictures"] | manifest["texts"]
+    for name, source in manifest["sources"].items():
+        numbers = [f"{rows[name].get(split, 0):,}" if name in rows else "" for split in SPLITS]
+        licence = f"done without: {source['missing']}" if source["missing"] else source["licence"]
+        table.add_row(name, f"{source['package']} {source['version']}", *numbers, licence)
+    return table
+
+
+def _spread(rows: np.ndarray) -> list[int]:
+    """SAMPLES rows, evenly from the whole."""
+    return [int(row) for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]]
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SAMPLE_WIDTH else line[:SAMPLE_WIDTH] + "…"

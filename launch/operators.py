@@ -1,0 +1,115 @@
+"""DeepSpeed's compiled operators: which ones this machine needs, which are built, and building them ahead.
+
+DeepSpeed compiles an operator when a rank first asks for it. Ninja then decides whether files are fresh, by
+their times and by the full compile commands; those name this environment's own headers, so operators that
+were built for another environment are compiled again. Imports neither torch nor deepspeed until it compiles.
+"""
+
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.machine import gpus_listed, has_libaio
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class Operator:
+    name: str
+    builder: str
+    purpose: str
+    minutes: str  # on two cores
+
+
+CPU_ADAM = Operator("cpu_adam", "CPUAdamBuilder", "the optimizer on the CPU", "about a minute")
+SHARED_MEMORY = Operator(
+    "deepspeed_shm_comm", "ShareMemCommBuilder", "all-reduce between CPU ranks", "half a minute"
+)
+ASYNC_IO = Operator("async_io", "AsyncIOBuilder", "NVMe offload", "two to four minutes")
+
+
+def torch_version() -> dict:
+    """What torch/version.py says (`__version__`, `cuda`, …), not importing torch; empty if it is missing."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    return runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "version.py"))
+
+
+def on_gpu() -> bool:
+    """Whether DeepSpeed will compile for a GPU: torch was built for one, and one is there."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return False
+    return bool(torch_version().get("cuda")) and gpus_listed()
+
+
+def needed_operators() -> list[Operator]:
+    """On a GPU they serve offload only: what stays there is stepped by torch's own AdamW."""
+    needed = [CPU_ADAM] if on_gpu() else [CPU_ADAM, SHARED_MEMORY]
+    return [*needed, ASYNC_IO] if has_libaio() else needed
+
+
+def build_root() -> Path:
+    """The folder that torch.utils.cpp_extension builds in."""
+    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(chosen)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cuda = torch_version().get("cuda")
+    flavour = f"cu{cuda.replace('.', '')}" if cuda else "cpu"
+    return cache / "torch_extensions" / f"py{sys.version_info[0]}{sys.version_info[1]}_{flavour}"
+
+
+def is_built(operator: Operator) -> bool:
+    """Whether the operator was compiled by, and for, this very environment."""
+    folder = build_root() / operator.name
+    if not (folder / f"{operator.name}.so").is_file() or not (folder / "build.ninja").is_file():
+        return False
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parent) in (folder / "build.ninja").read_text(encoding="utf-8")
+
+
+def build(operator: Operator, log: Path) -> None:
+    """Compile one operator. Raises UserError that names the log of the compiler's messages."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # ninja is beside Python
+        "DS_ACCELERATOR": "cuda" if on_gpu() else "cpu",
+    }
+    program = f"import deepspeed.ops.op_builder as o; o.{operator.builder}().load(verbose=True)"
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    if done.returncode:
+        raise UserError(f"building {operator.name} failed: the compiler's messages are in {log}")
+
+
+def main() -> None:
+    """Build what is needed and missing, one line each; the logs go beside the environment's Python."""
+    if on_gpu() and not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")):
+        print("setup: nvcc is missing, so offload is off: install torch's CUDA toolkit, or set CUDA_HOME")
+        return
+    for operator in needed_operators():
+        if is_built(operator):
+            continue
+        print(f"setup: building {operator.name} ({operator.purpose}; {operator.minutes}, once)", flush=True)
+        try:
+            build(operator, Path(sys.prefix) / f"build-{operator.name}.log")
+        except UserError as error:
+            if not on_gpu():
+                sys.exit(f"setup: {error}")
+            print(f"setup: {error}; offload is off until it builds")
+
+
+if __name__ == "__main__":
+    main()

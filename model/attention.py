@@ -1,0 +1,43 @@
+"""Multi-head attention over [image][source][target], steered by the mask alone.
+
+Shape suffixes: B rows, N positions of a row, Q queries, K keys, D hidden size, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.initialise import Linear
+
+
+def attention_mask(source_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """Who sees whom, [B, 1, N, N] bool (M6, arXiv 2103.00823: a bidirectional and an autoregressive region).
+
+    A source position sees all of the source; a target position sees all of the source and the targets up to
+    itself. Padding is seen by nobody; it sees itself, so that no softmax is empty.
+    """
+    n = source_BN.shape[1]
+    causal_NN = torch.ones(n, n, dtype=torch.bool, device=source_BN.device).tril()
+    target_B1Q1 = (valid_BN & ~source_BN)[:, None, :, None]
+    source_B11K = (source_BN & valid_BN)[:, None, None, :]
+    own_B1QK = target_B1Q1 & causal_NN & (valid_BN & ~source_BN)[:, None, None, :]
+    seen_B1QK = (source_B11K & valid_BN[:, None, :, None]) | own_B1QK
+    return seen_B1QK | torch.eye(n, dtype=torch.bool, device=source_BN.device)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, *key: object):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = Linear(config.hidden, 3 * config.hidden, config.init_std, *key, "qkv")
+        self.out = Linear(config.hidden, config.hidden, config.init_std, *key, "out")
+
+    def forward(self, x_BND: Tensor, mask_B1NN: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        b, n, d = x_BND.shape
+        qkv_3BHNd = self.qkv(x_BND).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        y_BHNd = F.scaled_dot_product_attention(*qkv_3BHNd.unbind(0), attn_mask=mask_B1NN)
+        return self.out(y_BHNd.transpose(1, 2).reshape(b, n, d))

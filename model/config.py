@@ -1,0 +1,162 @@
+"""Model shapes: the settings, the named presets and what they count to.
+
+Imports no torch, so that planning and recipe checks start in an instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Routing = Literal["prototype", "top-k"]
+Capacity = Literal["1x", "kx", "none"]
+ImageInput = Literal["features", "pixels"]
+
+SEGMENTS = 3  # image, source text, target text
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one M6 transformer (M6, arXiv 2103.00823; M6-T, 2105.15082; M6-10T, 2110.03888).
+
+    A sequence is `[image patches][source text][target]`. `experts == 0` means a dense feed-forward layer.
+    Raises ValueError, in one line, for a shape that cannot be built.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int  # width of one expert (or of the dense feed-forward layer)
+    heads: int
+    experts: int = 0
+    routing: Routing = "prototype"
+    k: int = 1  # prototypes (k top-1), or the k of top-k
+    capacity: Capacity = "1x"  # compute constant in k (1x), growing with k (kx), or nothing dropped (none)
+    capacity_factor: float = 1.25
+    gated_experts: bool = False
+    balance_loss: float = 0.0  # M6-T finds that it hurts: off by default
+    z_loss: float = 0.0
+    share_layers: bool = False  # M6-10T's Pseudo stage: one physical layer called `layers` times
+    text_vocab: int = 21_128
+    image_codes: int = 1_024
+    max_positions: int = 512
+    image_input: ImageInput = "features"
+    image_patches: int = 16
+    image_channels: int = 2_048  # of one patch: CNN channels, or 3 * p * p pixels
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "ffn", "heads", "k", "text_vocab", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("experts", "image_codes", "image_patches", "image_channels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        for name, allowed in (("routing", Routing), ("capacity", Capacity), ("image_input", ImageInput)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(get_args(allowed))}")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} is not divisible by heads={self.heads}")
+        if self.experts and self.k > self.experts:
+            raise ValueError(f"k={self.k} is more than experts={self.experts}")
+        if self.experts and self.routing == "prototype" and self.experts % self.k:
+            raise ValueError(f"experts={self.experts} is not divisible into k={self.k} prototypes")
+        if not self.capacity_factor > 0:
+            raise ValueError(f"capacity_factor={self.capacity_factor}: must be positive")
+
+    @property
+    def vocab(self) -> int:
+        """Entries of the one vocabulary: text pieces, then image codes."""
+        return self.text_vocab + self.image_codes
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert (or of the dense feed-forward layer): two matrices with bias, three if gated."""
+        inputs = 2 if self.gated_experts else 1
+        return (inputs + 1) * self.hidden * self.ffn + inputs * self.ffn + self.hidden
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Exact counts by component, equal to the built model's."""
+        h, physical = self.hidden, 1 if self.share_layers else self.layers
+        attention = 4 * h * h + 4 * h
+        norms = 4 * h
+        router = h * self.experts
+        experts = max(self.experts, 1) * self.expert_parameters
+        used = 1 if not self.experts or self.capacity == "1x" else self.k
+        embeddings = (self.vocab + self.max_positions + SEGMENTS) * h
+        image = self.image_channels * h + h + self.image_patches * h + 2 * h
+        layer_active = attention + norms + router + used * self.expert_parameters
+        return ParameterCounts(
+            embeddings=embeddings,
+            image=image,
+            attention=physical * attention,
+            norms=physical * norms + 2 * h,
+            routers=physical * router,
+            experts=physical * experts,
+            active=embeddings + image + 2 * h + self.layers * layer_active,
+        )
+
+    def training_flops(self, tokens: int, targets: int) -> int:
+        """FLOPs of forward + backward through the active matrices (2 + 4 a parameter and position).
+
+        `tokens`: positions through the trunk; `targets`: positions through the vocabulary head.
+        Attention scores and recomputation are not counted.
+        """
+        used = 1 if not self.experts or self.capacity == "1x" else self.k
+        matrices = (3 if self.gated_experts else 2) * self.hidden * self.ffn * used
+        layer = 4 * self.hidden * self.hidden + self.hidden * self.experts + matrices
+        return 6 * (tokens * self.layers * layer + targets * self.vocab * self.hidden)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by component; `active` is what one token passes through (shared layers counted by call)."""
+
+    embeddings: int
+    image: int
+    attention: int
+    norms: int
+    routers: int
+    experts: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self)) - self.active
+
+
+@dataclass(frozen=True)
+class Preset:
+    config: ModelConfig
+    published: float | None = None  # total parameters as published
+    source: str = ""
+
+
+_M6T = {"hidden": 1024, "heads": 16}
+
+PRESETS: dict[str, Preset] = {
+    "m6-tiny": Preset(
+        ModelConfig(
+            layers=4, hidden=256, ffn=1024, heads=4, experts=16, k=2, text_vocab=16_000, image_channels=1_280
+        )
+    ),
+    "m6-small": Preset(
+        ModelConfig(
+            layers=8, hidden=512, ffn=2048, heads=8, experts=32, k=2, text_vocab=16_000, image_channels=1_280
+        )
+    ),
+    "m6-base": Preset(ModelConfig(layers=24, ffn=4096, **_M6T), 327e6, "arXiv 2103.00823"),
+    "m6-10b": Preset(ModelConfig(layers=50, hidden=4096, ffn=16384, heads=128), 10e9, "arXiv 2103.00823"),
+    "m6-t-1.4b": Preset(ModelConfig(layers=5, ffn=4096, experts=32, **_M6T), 1.4e9, "arXiv 2105.15082"),
+    "m6-t-10b": Preset(ModelConfig(layers=10, ffn=4096, experts=128, **_M6T), 10.8e9, "arXiv 2105.15082"),
+    "m6-t-100b": Preset(ModelConfig(layers=24, ffn=4096, experts=512, **_M6T), 103.2e9, "arXiv 2105.15082"),
+    "m6-1t": Preset(
+        # M6-T cuts the initial weights' deviation tenfold for stability at this size.
+        ModelConfig(layers=24, ffn=21248, experts=960, init_std=0.002, **_M6T),
+        1002.7e9,
+        "arXiv 2105.15082",
+    ),
+    "m6-10t": Preset(
+        ModelConfig(layers=48, ffn=9984, experts=10_240, k=80, init_std=0.002, **_M6T), 10.05e12, "arXiv 2110.03888"
+    ),
+}

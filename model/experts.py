@@ -1,0 +1,74 @@
+"""The experts that live on this rank.
+
+Shape suffixes: E experts of this rank, C places in each expert's buffer, D hidden size, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from model.config import ModelConfig
+from model.initialise import fill_normal
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """This rank's part in expert parallelism. The default holds all experts and needs no process group."""
+
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = None  # the ranks that share one set of experts (all-to-all)
+    data_group: ProcessGroup | None = None  # the ranks that hold the same experts (ZeRO partitions)
+
+    def local_experts(self, experts: int) -> range:
+        """Numbers of the experts that live here. Raises ValueError if they do not divide."""
+        if experts % self.size:
+            raise ValueError(f"experts={experts} is not divisible by expert parallelism {self.size}")
+        share = experts // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+
+class LocalExperts(nn.Module):
+    """E of a layer's experts: two matrices with bias and GELU (M6-T), or gated (SwiGLU) as an option."""
+
+    def __init__(self, config: ModelConfig, parallel: ExpertParallel, *key: object):
+        super().__init__()
+        self.numbers = parallel.local_experts(config.experts)
+        self.gated = config.gated_experts
+        e, d, f = len(self.numbers), config.hidden, config.ffn * (2 if self.gated else 1)
+        self.w1_EDF = nn.Parameter(torch.empty(e, d, f))
+        self.b1_EF = nn.Parameter(torch.zeros(e, f))
+        self.w2_EFD = nn.Parameter(torch.empty(e, config.ffn, d))
+        self.b2_ED = nn.Parameter(torch.zeros(e, d))
+        for i, number in enumerate(self.numbers):
+            fill_normal(self.w1_EDF.data[i], config.init_std, *key, number, "w1")
+            fill_normal(self.w2_EFD.data[i], config.init_std, *key, number, "w2")
+        if parallel.data_group is not None:
+            self._mark(parallel)
+
+    def _mark(self, parallel: ExpertParallel) -> None:
+        """Tell ZeRO-3 to partition these over the ranks that hold the same experts.
+
+        Here and no later: zero.Init partitions a module the moment its constructor returns, and partitions made
+        over other groups on other ranks would wait for each other for ever.
+        """
+        name = f"ep_size_{parallel.size}"
+        for parameter in self.parameters():
+            parameter.allreduce = False
+            parameter.group_name = parameter.ds_zero_partition_group_name = name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_process_group = parallel.data_group
+
+    def forward(self, x_ECD: Tensor) -> Tensor:
+        """[E, C, D] -> [E, C, D]."""
+        inner_ECF = torch.baddbmm(self.b1_EF[:, None], x_ECD, self.w1_EDF)
+        if self.gated:
+            gate_ECF, up_ECF = inner_ECF.chunk(2, -1)
+            inner_ECF = nn.functional.silu(gate_ECF) * up_ECF
+        else:
+            inner_ECF = nn.functional.gelu(inner_ECF)
+        return torch.baddbmm(self.b2_ED[:, None], inner_ECF, self.w2_EFD)

@@ -1,0 +1,49 @@
+"""Initial weights as a function of (seed, name) alone.
+
+A weight never depends on the rank that holds it, on the order of construction or on the device, so that every
+expert-parallel size, world size and offload tier starts from the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+def fill_normal(tensor: Tensor, std: float, *key: object) -> None:
+    """Fill `tensor` in place from N(0, std²), keyed by `key` (seed, layer, expert, name …)."""
+    if tensor.is_meta:
+        return
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
+    # Drawn in fp32 on the CPU whatever the tensor's own type and device: those must not change the model.
+    # `empty_like`, because DeepSpeed's zero.Init overrides `torch.empty` and its like.
+    with torch.no_grad():
+        tensor.copy_(torch.empty_like(tensor, dtype=torch.float32, device="cpu").normal_(0, std, generator=generator))
+
+
+class Linear(nn.Linear):
+    """nn.Linear that draws its weight from its key; the bias starts at zero."""
+
+    def __init__(self, inputs: int, outputs: int, std: float, *key: object):
+        super().__init__(inputs, outputs)
+        fill_normal(self.weight, std, *key)
+        if not self.bias.is_meta:
+            nn.init.zeros_(self.bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing: the constructor fills the weight, once."""
+
+
+class Table(nn.Module):
+    """A learnt table [rows, width], added where the caller says."""
+
+    def __init__(self, rows: int, width: int, std: float, *key: object):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        fill_normal(self.weight, std, *key)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return nn.functional.embedding(index, self.weight)

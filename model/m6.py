@@ -1,0 +1,177 @@
+"""M6: one transformer over `[image patches][source text][target]` (M6, arXiv 2103.00823).
+
+The attention mask alone decides the task: a source position sees all of the source, a target position sees all
+of the source and the targets up to itself; the loss is on the targets. Image codes are further vocabulary
+entries, so drawing is writing.
+
+Shape suffixes: B rows, T text positions, P image patches, N = P + T, D hidden size, C channels of a patch,
+S selected (target) positions, V vocabulary, L layers, M modalities, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import Attention, attention_mask
+from model.config import ModelConfig
+from model.experts import ExpertParallel
+from model.initialise import Linear, Table, fill_normal
+from model.moe import MoELayer
+from model.vision import PatchEmbedding
+
+IGNORE = -100  # label of a position without loss
+IMAGE, SOURCE, TARGET = range(3)  # segments
+# Target positions are padded to this many before the head: on CPU each new GEMM shape is compiled anew (oneDNN).
+TARGETS_MULTIPLE = 64
+
+
+class Vocabulary(nn.Module):
+    """The one table of text pieces and image codes, tied: ids -> embeddings, hidden states -> logits."""
+
+    def __init__(self, config: ModelConfig, *key: object):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab, config.hidden))
+        fill_normal(self.weight, config.init_std, *key, "vocabulary")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Integers [...] -> [..., D]; floats [..., D] -> logits [..., V].
+
+        Both ways go through the module's call, because ZeRO-3 gathers a weight when its module is called.
+        """
+        return F.linear(x, self.weight) if x.is_floating_point() else F.embedding(x, self.weight)
+
+
+class FeedForward(nn.Module):
+    """The dense feed-forward layer: two matrices with bias, GELU."""
+
+    def __init__(self, config: ModelConfig, *key: object):
+        super().__init__()
+        self.gated = config.gated_experts
+        self.inner = Linear(config.hidden, config.ffn * (2 if self.gated else 1), config.init_std, *key, "inner")
+        self.outer = Linear(config.ffn, config.hidden, config.init_std, *key, "outer")
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner(x)
+        if self.gated:
+            gate, up = inner.chunk(2, -1)
+            return self.outer(F.silu(gate) * up)
+        return self.outer(F.gelu(inner))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, dense or of experts."""
+
+    def __init__(self, config: ModelConfig, parallel: ExpertParallel, *key: object):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden)
+        self.attention = Attention(config, *key)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden)
+        self.moe = MoELayer(config, parallel, *key) if config.experts else None
+        self.feed_forward = None if config.experts else FeedForward(config, *key)
+
+    def forward(
+        self, x_BND: Tensor, mask_B1NN: Tensor, valid_BN: Tensor, image_BN: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [B, N, D], auxiliary loss, routing counts [M, 2, E]."""
+        x_BND = x_BND + self.attention(self.attention_norm(x_BND), mask_B1NN)
+        normed_BND = self.feed_forward_norm(x_BND)
+        if self.moe is None:
+            return x_BND + self.feed_forward(normed_BND), x_BND.new_zeros(()), x_BND.new_zeros(2, 2, 0)
+        y_ND, auxiliary, counts = self.moe(normed_BND.flatten(0, 1), valid_BN.reshape(-1), image_BN.reshape(-1))
+        return x_BND + y_ND.view_as(x_BND), auxiliary, counts
+
+
+class M6(nn.Module):
+    """The model. `seed` alone decides its first weights; `parallel` says which experts live here."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0, parallel: ExpertParallel | None = None):
+        super().__init__()
+        self.config = config
+        self.recompute = False  # activation checkpointing
+        parallel = parallel or ExpertParallel()
+        self.vocabulary = Vocabulary(config, seed)
+        self.position = Table(config.max_positions, config.hidden, config.init_std, seed, "position")
+        self.segment = Table(3, config.hidden, config.init_std, seed, "segment")
+        self.image = PatchEmbedding(config, seed)
+        physical = 1 if config.share_layers else config.layers
+        self.layers = nn.ModuleList(Layer(config, parallel, seed, number) for number in range(physical))
+        self.norm = nn.LayerNorm(config.hidden)
+
+    def hidden_states(
+        self, tokens_BT: Tensor, source_B: Tensor, length_B: Tensor, image_BPC: Tensor, has_image_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The trunk: hidden states [B, N, D], auxiliary loss, routing counts [L, M, 2, E], valid [B, N].
+
+        tokens_BT: text ids, source then target, padded; source_B: source positions of each row; length_B: text
+        positions of each row; image_BPC: patch features, of any value where has_image_B is False.
+        """
+        place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        source_BT = place_T < source_B[:, None]
+        segment_BT = torch.where(source_BT, SOURCE, TARGET)
+        text_BTD = self.vocabulary(tokens_BT) + self.position(place_T) + self.segment(segment_BT)
+        # Rows without a picture run the image path too: every rank must run the same modules (ZeRO-3).
+        image_BPD = self.image(image_BPC.to(text_BTD.dtype))
+        image_BPD = image_BPD + self.segment(torch.full_like(place_T[:1], IMAGE))
+        x_BND = torch.cat((image_BPD, text_BTD), 1)
+        image_BN, source_BN, valid_BN = self._regions(source_BT, place_T < length_B[:, None], has_image_B)
+        mask_B1NN = attention_mask(source_BN, valid_BN)
+        auxiliary, counts = x_BND.new_zeros((), dtype=torch.float32), []
+        for number in range(self.config.layers):
+            x_BND, extra, count = self._call_layer(number, x_BND, mask_B1NN, valid_BN, image_BN)
+            auxiliary = auxiliary + extra
+            counts.append(count)
+        return self.norm(x_BND), auxiliary, torch.stack(counts), valid_BN
+
+    def _regions(self, source_BT: Tensor, text_BT: Tensor, has_image_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, source and valid positions, each [B, N] bool."""
+        has_BP = has_image_B[:, None].expand(-1, self.config.image_patches)
+        nowhere_BP = torch.zeros_like(has_BP)
+        image_BN = torch.cat((~nowhere_BP, torch.zeros_like(text_BT)), 1)
+        return image_BN, torch.cat((has_BP, source_BT), 1), torch.cat((has_BP, text_BT), 1)
+
+    def _call_layer(self, number: int, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        layer = self.layers[0 if self.config.share_layers else number]
+        if self.recompute and torch.is_grad_enabled():
+            # Not reentrant: with a shared layer the reentrant form keeps only one use's gradient under ZeRO-3.
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V] over text pieces, then image codes."""
+        return self.vocabulary(x)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch (see `hidden_states` for its inputs, and labels_BT: the id to predict, or IGNORE).
+
+        Without labels_BT it returns logits_BV: what follows each row's last text position. With it: loss_B: summed cross entropy of each row's targets (nats, fp32); targets_B: their number;
+        auxiliary: balance and z-loss, summed over tokens; counts: routing counts [L, M, 2, E]; tokens: valid
+        positions.
+        """
+        x_BND, auxiliary, counts, valid_BN = self.hidden_states(
+            batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]
+        )
+        x_BTD = x_BND[:, self.config.image_patches :]
+        if "labels_BT" not in batch:
+            rows = torch.arange(len(x_BTD), device=x_BTD.device)
+            return {"logits_BV": self.logits(x_BTD[rows, batch["length_B"] - 1]).float()}
+        labels_BT = batch["labels_BT"]
+        chosen_BT = labels_BT != IGNORE
+        loss_S = self._cross_entropy(x_BTD[chosen_BT], labels_BT[chosen_BT])
+        row_S = torch.nonzero(chosen_BT)[:, 0]
+        loss_B = loss_S.new_zeros(len(labels_BT)).index_add(0, row_S, loss_S)
+        return {
+            "loss_B": loss_B,
+            "targets_B": chosen_BT.sum(1),
+            "auxiliary": auxiliary,
+            "counts": counts,
+            "tokens": valid_BN.sum(),
+        }
+
+    def _cross_entropy(self, x_SD: Tensor, label_S: Tensor) -> Tensor:
+        """Cross entropy of each target [S], in fp32."""
+        short = -len(x_SD) % TARGETS_MULTIPLE or (0 if len(x_SD) else TARGETS_MULTIPLE)
+        logits_SV = self.logits(F.pad(x_SD, (0, 0, 0, short))).float()
+        return F.cross_entropy(logits_SV, F.pad(label_S, (0, short)), reduction="none")[: len(x_SD)]

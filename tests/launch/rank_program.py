@@ -1,0 +1,35 @@
+"""Stands where `training.train` would under the real launcher: says what it was given, then does as told.
+
+Arguments, after those of a run: FOLDER for a file a rank, and one of done, mistake, killed, wait.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+KEPT = ("RANK", "WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS", "GLIBC_TUNABLES", "PYTHONUNBUFFERED")
+
+
+def main() -> None:
+    folder, ending = Path(sys.argv[-2]), sys.argv[-1]
+    rank = os.environ["RANK"]
+    facts = {
+        "pid": os.getpid(),
+        "arguments": sys.argv[1:-2],
+        "environment": {key: os.environ[key] for key in KEPT},
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(facts))
+    if ending == "mistake":
+        sys.exit(2)
+    if ending == "killed" and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ending in ("killed", "wait"):
+        signal.signal(signal.SIGTERM, lambda *_: (folder / f"{rank}.saved").touch() or sys.exit(0))
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    main()

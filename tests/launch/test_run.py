@@ -1,0 +1,109 @@
+"""`m6 train`: what the ranks are given, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.machine import usable_cores
+from launch.run import TrainingRun, gpu_numbers, launch, launcher_command, rank_environment
+from training.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# `m6 train` from its command on, with the stand-in for the training program.
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from launch.run import TrainingRun, explain, launcher_command, rank_environment, supervise
+
+ranks, folder, ending = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+run = TrainingRun(Path("r.yaml"), ("a.b=1", folder, ending), "n")
+command = launcher_command(run, ranks, [])
+command[command.index("training.train")] = "tests.launch.rank_program"
+sys.exit(explain(supervise(command, rank_environment(os.environ, ranks, on_gpu=False))))
+"""
+
+
+def start(ranks: int, folder: Path, ending: str) -> subprocess.Popen:
+    settings = {"OMP_NUM_THREADS", "GLIBC_TUNABLES", "DS_ACCELERATOR", "M6_DEBUG"}
+    environment = {key: value for key, value in os.environ.items() if key not in settings}
+    command = [sys.executable, "-c", PROGRAM, str(ranks), str(folder), ending]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def facts_of(folder: Path, ranks: int) -> list[dict]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(("ranks", "ending", "code"), [(1, "mistake", 2), (2, "done", 0)])
+def test_ranks_get_what_they_need_and_their_code_comes_back(ranks, ending, code, tmp_path):
+    process = start(ranks, tmp_path, ending)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (output, errors) == ("", "")  # none of the launcher's own chatter; ranks tell their mistakes
+    for rank, facts in enumerate(facts_of(tmp_path, ranks)):
+        assert facts["arguments"] == ["--recipe", "r.yaml", "--name", "n", "a.b=1"]
+        environment = facts["environment"]
+        assert environment["RANK"] == str(rank) and environment["WORLD_SIZE"] == str(ranks)
+        assert environment["DS_ACCELERATOR"] == "cpu" and environment["PYTHONUNBUFFERED"] == "1"
+        assert environment["OMP_NUM_THREADS"] == str(max(1, usable_cores() // ranks))
+        assert "glibc.malloc.trim_threshold=" in environment["GLIBC_TUNABLES"]
+
+
+def test_killed_rank_is_named_and_the_others_end(tmp_path):
+    process = start(2, tmp_path, "killed")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.strip().splitlines()[-1] == "m6: a rank was killed by SIGKILL; most likely memory ran out"
+    assert not any(psutil.pid_exists(facts["pid"]) for facts in facts_of(tmp_path, 2))
+
+
+def test_interrupt_lets_the_ranks_save_and_ends_everything(tmp_path):
+    process = start(2, tmp_path, "wait")
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)  # until the ranks listen
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "m6: stopped\n" and "Traceback" not in output
+    assert len(list(tmp_path.glob("*.saved"))) == 2
+    assert not any(psutil.pid_exists(facts["pid"]) for facts in facts_of(tmp_path, 2))
+
+
+def test_command_of_two_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,6")
+    command = launcher_command(TrainingRun(Path("r.yaml"), data=Path("d"), resume=True), 2, gpu_numbers(3))
+    assert command[command.index("--include") + 1] == "localhost:3,5"
+    assert command[command.index("--module") + 1 :] == [
+        *("training.train", "--recipe", "r.yaml", "--name", "run", "--data", "d", "--resume")
+    ]
+
+
+def test_gpus_named_otherwise_than_by_number_are_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3c")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=GPU-8f3c"):
+        gpu_numbers(1)
+
+
+def test_what_the_user_set_is_kept():
+    base = {"OMP_NUM_THREADS": "7", "GLIBC_TUNABLES": "glibc.malloc.check=1", "PATH": "/bin"}
+    environment = rank_environment(base, 2, on_gpu=True)
+    assert environment | base == environment | {"PATH": "/bin"}
+    assert environment["PATH"].split(":") == [str(Path(sys.executable).parent), "/bin"]
+    assert "DS_ACCELERATOR" not in environment
+
+
+def test_wrong_recipe_is_told_before_anything_starts(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
+        launch(TrainingRun(tmp_path / "nowhere.yaml"), ranks=2)

@@ -1,0 +1,84 @@
+"""launch/setup.sh: repeats are quick, mistakes are one line. (CI runs it from nothing.)"""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import operators
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def setup(cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    script = ROOT / "launch" / "setup.sh"
+    return subprocess.run(
+        ["bash", script], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_repeat_does_nothing_and_is_quick(tmp_path):
+    assert (ROOT / ".venv" / "m6-setup").is_file(), "set up first: bash launch/setup.sh"
+    begin = time.perf_counter()
+    done = setup(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "installing" not in done.stdout and "building" not in done.stdout
+    assert time.perf_counter() - begin < 10
+
+
+def test_python_that_does_not_run_is_one_line(tmp_path):
+    done = setup(tmp_path, M6_PYTHON="/nowhere/python")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "setup: /nowhere/python does not run: install Python 3.11 or newer, or name one with "
+        "M6_PYTHON=/path/to/python\n"
+    )
+
+
+def test_old_python_is_one_line(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\ncase "$2" in *exit*) exit 1 ;; *) echo 3.9.1 ;; esac\n')
+    old.chmod(0o755)
+    done = setup(tmp_path, M6_PYTHON=str(old))
+    assert done.returncode == 1
+    assert "is Python 3.9.1, 3.11 or newer is needed" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def other_operators(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = tmp_path / operators.CPU_ADAM.name
+    folder.mkdir()
+    (folder / "cpu_adam.so").touch()
+    return folder
+
+
+def test_operator_of_another_environment_does_not_count(other_operators):
+    (other_operators / "build.ninja").write_text("-I/elsewhere/site-packages/deepspeed/ops/csrc/includes")
+    assert not operators.is_built(operators.CPU_ADAM)
+
+
+def test_operator_of_this_environment_counts(other_operators):
+    import deepspeed
+
+    sources = Path(deepspeed.__file__).parent
+    (other_operators / "build.ninja").write_text(f"-I{sources}/ops/csrc/includes")
+    assert operators.is_built(operators.CPU_ADAM)
+
+
+def test_build_root_is_the_one_that_torch_uses(monkeypatch):
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert operators.build_root() / "cpu_adam" == Path(_get_build_directory("cpu_adam", verbose=False))
+
+
+def test_failed_build_names_its_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nowhere/compiler")
+    log = tmp_path / "build.log"
+    with pytest.raises(operators.UserError, match=f"building cpu_adam failed: .* in {log}"):
+        operators.build(operators.CPU_ADAM, log)
+    assert log.stat().st_size > 0

@@ -1,0 +1,126 @@
+"""Rows of the global order -> batches of tensors, built ahead of the step that needs them.
+
+Shape suffixes: B rows, T text positions, P image patches, C channels of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.m6 import IGNORE
+from model.vision import patchify
+from training.data.corpus import Corpus
+from training.data.order import GlobalOrder
+from training.data.tasks import Row, View
+from training.errors import UserError
+
+Batch = dict[str, Tensor]
+
+WIDTH_MULTIPLE = 8  # text positions of a batch are rounded up to this: few shapes
+
+
+class Collator:
+    """Rows -> the tensors that `model.m6.M6` takes."""
+
+    def __init__(self, corpus: Corpus, model: ModelConfig):
+        self.corpus, self.model = corpus, model
+        _check(corpus, model)
+
+    def __call__(self, rows: Sequence[Row], width: int, size: int | None = None) -> Batch:
+        """A batch of `size` rows, `width` text positions each (rounded up); rows that lack are empty ones."""
+        size, width = size or len(rows), -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        tokenizer, model = self.corpus.tokenizer, self.model
+        tokens_BT = np.full((size, width), tokenizer.pad_id, np.int64)
+        labels_BT = np.full((size, width), IGNORE, np.int64)
+        source_B, length_B, has_image_B = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, bool)
+        image_BPC = np.zeros((size, model.image_patches, model.image_channels), np.float32)
+        for i, row in enumerate(rows):
+            text = [*row.source, tokenizer.bos_id, *row.target[:-1]]
+            source_B[i], length_B[i] = len(row.source), len(text)
+            tokens_BT[i, : len(text)] = text
+            labels_BT[i, len(row.source) : len(text)] = row.target
+            if row.picture is not None:
+                has_image_B[i], image_BPC[i] = True, self._picture(row.picture)
+        arrays = {
+            "tokens_BT": tokens_BT, "labels_BT": labels_BT, "source_B": source_B, "length_B": length_B,
+            "image_BPC": image_BPC, "has_image_B": has_image_B,
+        }  # fmt: skip
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _picture(self, view: View) -> np.ndarray:
+        if self.model.image_input == "features":
+            return self.corpus.features[view.row, view.augmentation]
+        side = round((self.model.image_channels // 3 * self.model.image_patches) ** 0.5)
+        pixels = self.corpus.pixels(view.row, view.augmentation, side)
+        return patchify(torch.from_numpy(pixels)[None], self.model.image_patches)[0].numpy()
+
+
+def _check(corpus: Corpus, model: ModelConfig) -> None:
+    """Refuse, in one line, a model that cannot take this corpus."""
+    if model.text_vocab != corpus.tokenizer.vocab_size:
+        raise UserError(
+            f"model.text_vocab={model.text_vocab}: the corpus' tokenizer has {corpus.tokenizer.vocab_size} pieces; "
+            f"set model.text_vocab={corpus.tokenizer.vocab_size}"
+        )
+    if model.image_input == "features":
+        stored = corpus.features.shape[2:]
+        if stored != (model.image_patches, model.image_channels):
+            raise UserError(
+                f"model.image_patches={model.image_patches}, image_channels={model.image_channels}: the corpus' "
+                f"features have {stored[0]} patches of {stored[1]} channels; set them so"
+            )
+        return
+    side, patches = (model.image_channels // 3) ** 0.5, model.image_patches**0.5
+    if model.image_channels % 3 or not side.is_integer() or not patches.is_integer():
+        raise UserError(
+            f"model.image_patches={model.image_patches}, image_channels={model.image_channels}: pixel patches are "
+            "3·p·p channels each, in a square grid"
+        )
+
+
+class StepBatches:
+    """This rank's micro-batches of each step, from any step on, one step ahead of the one in hand.
+
+    Micro-step j of a step holds positions [j·m·W, (j+1)·m·W) of it over all W ranks, rank r the r-th block of m:
+    so the sets of rows that share a micro-batch are the same on any number of ranks. All ranks' batches of a
+    micro-step have one shape.
+    """
+
+    def __init__(self, order: GlobalOrder, collate: Collator, micro_batch: int, rank: int, world: int):
+        self.order, self.collate = order, collate
+        self.micro_batch, self.rank, self.world = micro_batch, rank, world
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of step `step` (from 0)."""
+        start = step * self.order.batch
+        shared = self.micro_batch * self.world
+        return [self._micro_batch(start + offset, shared) for offset in range(0, self.order.batch, shared)]
+
+    def tasks(self, step: int) -> list[str]:
+        """The task of each of this rank's rows of a step, in the order of its micro-batches."""
+        start, shared = step * self.order.batch, self.micro_batch * self.world
+        own = range(self.rank * self.micro_batch, (self.rank + 1) * self.micro_batch)
+        return [
+            self.order.task_at(start + offset + place).name
+            for offset in range(0, self.order.batch, shared)
+            for place in own
+        ]
+
+    def _micro_batch(self, start: int, shared: int) -> Batch:
+        own = start + self.rank * self.micro_batch
+        rows = [self.order.row(position) for position in range(own, own + self.micro_batch)]
+        return self.collate(rows, self.order.width(start, start + shared))
+
+    def from_step(self, first: int) -> Iterator[list[Batch]]:
+        with ThreadPoolExecutor(1, "batches") as pool:
+            ahead = pool.submit(self.step, first)
+            while True:
+                first += 1
+                ready, ahead = ahead.result(), pool.submit(self.step, first)
+                yield ready

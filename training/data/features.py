@@ -1,0 +1,194 @@
+"""Pictures to patch features: a frozen EfficientNet-Lite0, as M6 feeds a frozen ResNet's patch features.
+
+M6 (Lin et al. 2021) cuts an image into 4 x 4 patches and describes each by a pre-trained CNN. Here the last
+feature map of EfficientNet-Lite0 at 128 x 128 pixels is that 4 x 4 grid (Tan and Le 2019; the Lite variants
+have no squeeze-and-excitation and use ReLU6). The network never trains: features are computed once a picture.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.errors import UserError
+
+IMAGE_SIZE = 128
+PATCHES = 16
+CHANNELS = 1280
+
+# (repeats, kernel, stride, expansion, output channels) of the inverted-bottleneck stages.
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+_STEM_CHANNELS = 32
+_CLASSES = 1000
+_BATCH_NORM_EPS = 1e-3
+# The Lite networks were trained on pixels scaled as (value - 127) / 128.
+_PIXEL_MEAN, _PIXEL_SCALE = 127.0, 128.0
+
+
+class SamePadConv(nn.Conv2d):
+    """Convolution with ceil(input / stride) outputs, padded as TensorFlow does: the odd pixel goes last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total_h, total_w = (
+            max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            for size, kernel, stride in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        )
+        before = (total_h // 2, total_w // 2)
+        if total_h % 2 or total_w % 2:
+            x = F.pad(x, (0, total_w % 2, 0, total_h % 2))
+        return F.conv2d(x, self.weight, None, self.stride, before, groups=self.groups)
+
+
+def _conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> SamePadConv:
+    return SamePadConv(inputs, outputs, kernel, stride, groups=groups, bias=False)
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=_BATCH_NORM_EPS)
+
+
+class InvertedBottleneck(nn.Module):
+    """Widen by 1 x 1, filter by depth, narrow by 1 x 1 (Sandler et al. 2018); residual where shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = inputs * expansion
+        self.expands = expansion > 1
+        self.residual = stride == 1 and inputs == outputs
+        if self.expands:
+            self.expand_conv, self.bn0 = _conv(inputs, hidden), _norm(hidden)
+        self.depthwise_conv, self.bn1 = _conv(hidden, hidden, kernel, stride, groups=hidden), _norm(hidden)
+        self.project_conv, self.bn2 = _conv(hidden, outputs), _norm(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        hidden = F.relu6(self.bn1(self.depthwise_conv(hidden)))
+        hidden = self.bn2(self.project_conv(hidden))
+        return hidden + x if self.residual else hidden
+
+
+class EfficientNetLite0(nn.Module):
+    """The ImageNet classifier; `features` is what M6 sees, `forward` gives logits [n, 1000]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_stem, self.bn0 = _conv(3, _STEM_CHANNELS, kernel=3, stride=2), _norm(_STEM_CHANNELS)
+        blocks, channels = [], _STEM_CHANNELS
+        for repeats, kernel, stride, expansion, outputs in _STAGES:
+            for repeat in range(repeats):
+                blocks.append(
+                    InvertedBottleneck(channels, outputs, kernel, stride if repeat == 0 else 1, expansion)
+                )
+                channels = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.conv_head, self.bn1 = _conv(channels, CHANNELS), _norm(CHANNELS)
+        self.fc = nn.Linear(CHANNELS, _CLASSES)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[n, 3, h, w] of normalised pixels -> [n, 1280, h/32, w/32]."""
+        x = F.relu6(self.bn0(self.conv_stem(x)))
+        return F.relu6(self.bn1(self.conv_head(self.blocks(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A fixed view of a picture on its white square: scaled, moved by a fraction of the side, mirrored."""
+
+    scale: float = 1.0
+    right: float = 0.0
+    down: float = 0.0
+    mirrored: bool = False
+
+
+# Scales stay close to 1 and shifts small, so that nothing of the object leaves the square.
+AUGMENTATIONS = (
+    Augmentation(),
+    Augmentation(scale=0.94, mirrored=True),
+    Augmentation(scale=0.85, right=0.05, down=-0.05),
+    Augmentation(scale=0.88, right=-0.04, down=0.05, mirrored=True),
+)
+
+
+def augmented(image: Image.Image, k: int, mirrorable: bool = True) -> Image.Image:
+    """The k-th fixed view of an RGB image as a white square of IMAGE_SIZE; 0 is the plain one.
+
+    A picture that means something else in a mirror (an arrow, a letter) is not mirrored if not `mirrorable`.
+    """
+    view = AUGMENTATIONS[k]
+    if view.mirrored and mirrorable:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    ratio = view.scale * IMAGE_SIZE / max(image.size)
+    width, height = (max(1, round(side * ratio)) for side in image.size)
+    square = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+    corner = (
+        round((IMAGE_SIZE - width) / 2 + view.right * IMAGE_SIZE),
+        round((IMAGE_SIZE - height) / 2 + view.down * IMAGE_SIZE),
+    )
+    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), corner)
+    return square
+
+
+def load_published_weights(pickled: bytes) -> EfficientNetLite0:
+    """The network from the state dict of the published package, read without unpickling objects."""
+    state = torch.load(io.BytesIO(pickled), map_location="cpu", weights_only=True)
+    network = EfficientNetLite0()
+    network.load_state_dict({_own_name(name): tensor for name, tensor in state.items()}, strict=True)
+    return network.eval()
+
+
+def _own_name(published: str) -> str:
+    """`_blocks.3._expand_conv.weight` -> `blocks.3.expand_conv.weight`."""
+    return ".".join(part.removeprefix("_") for part in published.split("."))
+
+
+class PatchFeatures:
+    """The frozen network at work: RGB images of any size -> float32 [n, 16, 1280], on the CPU.
+
+    `path` is a safetensors file of `EfficientNetLite0`; raises UserError if it is missing or is not one.
+    """
+
+    def __init__(self, path: Path | str):
+        self.network = EfficientNetLite0().eval()
+        try:
+            weights = Path(path).read_bytes()
+            self.network.load_state_dict(load(weights), strict=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{path}: not a usable feature network ({reason}); run `m6 data fetch`"
+            ) from error
+        self.sha256 = hashlib.sha256(weights).hexdigest()
+
+    def __call__(self, images: list[Image.Image]) -> Tensor:
+        return self.of_squares([augmented(image.convert("RGB"), 0) for image in images])
+
+    @torch.inference_mode()
+    def of_squares(self, squares: list[Image.Image]) -> Tensor:
+        """Squares of IMAGE_SIZE, as `augmented` makes them -> float32 [n, 16, 1280], patches row by row."""
+        return self.network.features(pixels(squares)).flatten(2).transpose(1, 2).contiguous()
+
+
+def pixels(squares: list[Image.Image]) -> Tensor:
+    """RGB images of one size -> [n, 3, h, w] as the network was trained to see them, channels last in memory."""
+    array = np.stack([np.asarray(square, dtype=np.float32) for square in squares])
+    scaled = (torch.from_numpy(array) - _PIXEL_MEAN) / _PIXEL_SCALE
+    return scaled.permute(0, 3, 1, 2)

@@ -1,0 +1,99 @@
+"""The global order: what stands at a position is a pure function of (seed, position).
+
+The whole data state is one integer, the next position; any number of ranks takes up the same run, and every
+position is seen exactly once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from training.data.tasks import Row, Task
+from training.errors import UserError
+
+ROUNDS = 4  # of the Feistel network: enough to mix well (Luby and Rackoff 1988)
+
+
+class GlobalOrder:
+    """Rows of several tasks in one endless order; each step of `batch` rows has the same share of each task.
+
+    Within a step the tasks stand one after the other, short rows first, so that a micro-batch holds rows of one
+    shape. Each task goes through its pool in an order of its own, a new one each epoch.
+    """
+
+    def __init__(self, tasks: Sequence[Task], weights: Mapping[str, float], batch: int, text_positions: int, seed: int):
+        self.tasks = sorted(tasks, key=lambda task: (task.limit(text_positions), task.name))
+        for task in self.tasks:
+            if not len(task.pool):
+                raise UserError(f"tasks.{task.name}: the corpus has nothing for it in split {task.split!r}: leave it out")
+        self.batch, self.text_positions, self.seed = batch, text_positions, seed
+        self.counts = allot({task.name: weights[task.name] for task in self.tasks}, batch)
+        self._ends = np.cumsum([self.counts[task.name] for task in self.tasks])
+
+    def task_at(self, position: int) -> Task:
+        return self.tasks[self._index(position % self.batch)]
+
+    def row(self, position: int) -> Row:
+        step, place = divmod(position, self.batch)
+        index = self._index(place)
+        task, count = self.tasks[index], self.counts[self.tasks[index].name]
+        epoch, draw = divmod(step * count + place - (int(self._ends[index]) - count), len(task.pool))
+        item = int(task.pool[shuffled(draw, len(task.pool), (self.seed, task.name, epoch))])
+        return task.row(item, task.limit(self.text_positions), random_at(self.seed, position))
+
+    def width(self, start: int, stop: int) -> int:
+        """Text positions that the rows of [start, stop), within one step, need at the most."""
+        first, last = self._index(start % self.batch), self._index((stop - 1) % self.batch)
+        return max(task.limit(self.text_positions) for task in self.tasks[first : last + 1])
+
+    def _index(self, place: int) -> int:
+        return int(np.searchsorted(self._ends, place, side="right"))
+
+
+def random_at(seed: int, position: int) -> np.random.Generator:
+    """The random numbers of one position."""
+    return np.random.Generator(np.random.Philox(key=[seed, position]))
+
+
+def allot(weights: Mapping[str, float], batch: int) -> dict[str, int]:
+    """Rows of each task in a step: largest remainders, at least one each. Raises UserError if that cannot be."""
+    if len(weights) > batch:
+        raise UserError(f"global_batch={batch} is less than the number of tasks, {len(weights)}")
+    total = sum(weights.values())
+    shares = {name: weight / total * batch for name, weight in weights.items()}
+    counts = {name: max(1, int(share)) for name, share in shares.items()}
+    while sum(counts.values()) != batch:
+        short = sum(counts.values()) < batch
+        gaps = {n: shares[n] - counts[n] for n in counts if short or counts[n] > 1}
+        name = max(gaps, key=gaps.__getitem__) if short else min(gaps, key=gaps.__getitem__)
+        counts[name] += 1 if short else -1
+    return counts
+
+
+def shuffled(index: int, size: int, key: tuple[object, ...]) -> int:
+    """Where a keyed random permutation of range(size) sends `index`, in constant memory.
+
+    A Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway 2002).
+    """
+    half = max((size - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
+    while True:
+        left, right = index >> half, index & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def _mix(x: int) -> int:
+    """A 64-bit finaliser (SplitMix64, Steele et al. 2014)."""
+    x &= 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31

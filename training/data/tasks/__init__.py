@@ -1,0 +1,10 @@
+"""The tasks of pre-training by their names in the recipe. A new task is a new file and a line here."""
+
+from training.data.tasks.base import Row, Task, View
+from training.data.tasks.caption import Caption
+from training.data.tasks.denoise import Denoise, ImageDenoise
+from training.data.tasks.writing import Language, Poem, Review
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Caption, ImageDenoise, Denoise, Language, Poem, Review)}
+
+__all__ = ["TASKS", "Row", "Task", "View"]

@@ -1,0 +1,71 @@
+"""What a pre-training task is: a pool of items, and how an item becomes source, target and loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from training.data.corpus import Corpus
+
+Random = np.random.Generator
+
+
+class View(NamedTuple):
+    """One of a picture's stored views."""
+
+    row: int
+    augmentation: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: what is read, what is to be said, and the picture, if there is one.
+
+    `target` ends with the end mark unless it was cut; the loss is its cross entropy.
+    """
+
+    source: list[int]
+    target: list[int]
+    picture: View | None = None
+
+
+class Task(ABC):
+    """A task over one split of a corpus.
+
+    `row` must be a pure function of its arguments: with the global order (`training/data/order.py`) that makes
+    the whole data state one integer. `name` is the recipe's key; `positions` the text positions that a row needs
+    at the most, where that is less than the recipe's limit.
+    """
+
+    name: ClassVar[str]
+    positions: ClassVar[int | None] = None
+
+    def __init__(self, corpus: Corpus, split: str):
+        self.corpus, self.split = corpus, split
+        self.tokenizer = corpus.tokenizer
+        self.pool = self.items()
+
+    @abstractmethod
+    def items(self) -> np.ndarray:
+        """Row numbers [n] int64 of the corpus that the task draws from."""
+
+    @abstractmethod
+    def row(self, item: int, limit: int, random: Random) -> Row:
+        """The row of one item, within `limit` text positions."""
+
+    def limit(self, text_positions: int) -> int:
+        return min(text_positions, self.positions or text_positions)
+
+    def view(self, item: int, random: Random) -> View:
+        """A stored view of a picture: one of the fixed augmentations in training, the plain one elsewhere."""
+        views = self.corpus.features.shape[1] if self.split == "train" else 1
+        return View(item, int(random.integers(views)))
+
+    def fit(self, source: list[int], target: list[int], limit: int, picture: View | None = None) -> Row:
+        """Add the end mark and cut to `limit` positions, of which the source keeps half at the most if need be."""
+        target = [*target, self.tokenizer.eos_id]
+        source = source[: max(limit - len(target), limit // 2)]
+        return Row(source, target[: limit - len(source)], picture)

@@ -1,0 +1,173 @@
+"""The model under DeepSpeed: groups, zero.Init, engine, and one optimisation step.
+
+DeepSpeed's ZeRO-3 accepts expert-parallel layers only of its own class, and its own conversion gathers a whole
+layer's experts on every rank. So the model builds its local experts itself, tagged for ZeRO-3
+(`model/experts.py`), and its layers are then given DeepSpeed's class, with none of its code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from model.experts import ExpertParallel
+from model.m6 import M6
+from model.moe import MoELayer
+from training.ds_config import DSConfig
+
+Batch = dict[str, Tensor]
+
+
+class EngineMoELayer(MoELayer, AutoEPMoELayer):
+    """Our layer, by a class that DeepSpeed's engine knows as expert-parallel."""
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """Nothing: the groups exist before the model does."""
+
+
+@dataclass
+class StepResult:
+    """What one step did, summed over all ranks (the losses, counts) or of the global step (norm)."""
+
+    loss: float  # nats a target
+    targets: int
+    tokens: int  # valid positions through the trunk
+    grad_norm: float
+    rows_loss: Tensor  # of this rank's rows, in order: summed loss
+    rows_targets: Tensor  # and number of targets
+    routing: Tensor  # counts [L, M, 2, E], over all ranks
+
+
+def expert_parallel_groups(size: int) -> ExpertParallel:
+    """Create DeepSpeed's expert groups, which must exist before the model. Collective."""
+    groups._create_expert_and_data_parallel(expert_parallel_size_=size)
+    name = f"ep_size_{size}"
+    group = groups._get_expert_parallel_group(name)
+    return ExpertParallel(size, dist.get_rank(group), group, groups._get_expert_data_parallel_group(name))
+
+
+class Engine:
+    """The model, its optimizer and their DeepSpeed engine on this rank. Construction is collective."""
+
+    def __init__(self, config: DSConfig, seed: int):
+        self.config = config
+        self.parallel = expert_parallel_groups(config.expert_parallel)
+        tier = None if config.parameter_tier == "none" else config.parameter_tier
+        with deepspeed.zero.Init(config_dict_or_path=config.values, remote_device=tier):
+            model = M6(config.model, seed, self.parallel)
+        model.recompute = config.recompute
+        for module in model.modules():
+            if isinstance(module, MoELayer):
+                module.__class__ = EngineMoELayer
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=_parameter_groups(model, config.values["optimizer"]["params"]["weight_decay"]),
+            config=config.values,
+        )
+        self.model = model
+        self.device = torch.device(get_accelerator().current_device_name())
+        gc.collect()  # the fp32 initial weights that zero.Init's closures still hold
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size()
+
+    def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches, at learning rate `lr`. Collective.
+
+        The loss of a step is the summed target loss over the step's global number of targets, so it does not
+        depend on how the rows fall to ranks and micro-batches.
+        """
+        assert len(batches) == self.config.accumulation
+        batches = [
+            {key: value.to(self.device, non_blocking=True) for key, value in b.items()} for b in batches
+        ]
+        targets, tokens = self._global_counts(batches)
+        # DeepSpeed averages over ranks and micro-batches; our loss is a sum over them.
+        shares = self.world * len(batches)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.train()
+        losses, counts = [], []
+        for batch in batches:
+            out = self.deepspeed(batch)
+            loss = out["loss_B"].sum() / max(targets, 1) + out["auxiliary"] / max(tokens, 1)
+            self.deepspeed.backward(loss * shares)
+            self.deepspeed.step()
+            losses.append(out["loss_B"].detach())
+            counts.append(out["counts"])
+        return self._result(batches, losses, counts, targets, tokens)
+
+    def _global_counts(self, batches: Iterable[Batch]) -> tuple[int, int]:
+        patches = self.config.model.image_patches
+        targets = sum((b["labels_BT"] >= 0).sum() for b in batches)
+        tokens = sum(b["length_B"].sum() + patches * b["has_image_B"].sum() for b in batches)
+        counts = torch.stack((targets, tokens)).to(torch.int64)
+        dist.all_reduce(counts)
+        targets, tokens = counts.tolist()
+        return targets, tokens
+
+    def _result(
+        self, batches: Sequence[Batch], losses: list[Tensor], counts: list[Tensor], targets: int, tokens: int
+    ) -> StepResult:
+        rows_loss = torch.cat(losses)
+        total = rows_loss.sum(dtype=torch.float64)[None]
+        dist.all_reduce(total)
+        routing = torch.stack(counts).sum(0)
+        dist.all_reduce(routing)
+        rows_targets = torch.cat([(b["labels_BT"] >= 0).sum(1) for b in batches])
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(
+            loss=total.item() / max(targets, 1),
+            targets=targets,
+            tokens=tokens,
+            grad_norm=float(norm) if norm is not None else float("nan"),
+            rows_loss=rows_loss.cpu(),
+            rows_targets=rows_targets.cpu(),
+            routing=routing.cpu(),
+        )
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed loss and number of targets of each row, nothing dropped. Collective: equal shapes on all ranks."""
+        self.deepspeed.eval()
+        out = self.deepspeed({key: value.to(self.device) for key, value in batch.items()})
+        return out["loss_B"].cpu(), out["targets_B"].cpu()
+
+    @torch.no_grad()
+    def next_logits(self, batch: Batch) -> Tensor:
+        """Logits [B, V] after each row's last position, on the CPU. Collective, as `losses`."""
+        self.deepspeed.eval()
+        return self.deepspeed({key: value.to(self.device) for key, value in batch.items()})["logits_BV"].cpu()
+
+    def close(self) -> None:
+        self.deepspeed.destroy()
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only; ZeRO-3 shows a partitioned weight as empty, so its kept shape decides."""
+    matrices, vectors = [], []
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        vector = len(shape) < 2 or name.rsplit(".", 1)[-1].startswith("b")
+        (vectors if vector else matrices).append(parameter)
+    return [
+        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
+        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
+    ]
+
+
+def shape_of(config: DSConfig) -> dict[str, Any]:
+    """The model's shape as plain values, for manifests and logs."""
+    return dataclasses.asdict(config.model)

@@ -1,0 +1,176 @@
+"""The recipe: what is trained, on what, for how long. Typed, checked, overridable; imports no torch.
+
+Parallelism, precision and offload are not here but in the ds_config (`training/ds_config.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from model.config import PRESETS, ModelConfig
+from training.errors import UserError
+
+# Said in the ds_config's "m6" block, beside the parallelism that they belong to.
+DS_CONFIG_KEYS = ("capacity", "capacity_factor")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)  # matrices only
+    clip: float = Field(1.0, ge=0)  # of the global gradient norm; 0 is off
+
+
+class Schedule(Section):
+    """Linear warm-up, then decay to `final` of the peak at the last step."""
+
+    warmup: int = Field(100, ge=0)
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final: float = Field(0.1, ge=0, le=1)
+
+
+class Evaluation(Section):
+    every: int = Field(100, ge=1)  # steps
+    rows: int = Field(128, ge=1)  # validation rows a task
+    samples: int = Field(8, ge=0)  # validation pictures that are captioned for the report
+
+
+class Tracking(Section):
+    log_every: int = Field(10, ge=1)
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "m6"
+
+
+class Recipe(Section):
+    model: dict[str, Any]  # {preset: NAME, and any ModelConfig field}
+    ds_config: str = "auto"  # a path, or `auto`: by what this machine has
+    ds: dict[str, Any] = {}  # overrides of the ds_config, e.g. ds.expert_parallel.autoep_size=1
+    data: str = "data"
+    seed: int = Field(1, ge=0)
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1)  # rows a step, on however many ranks
+    text_positions: int = Field(96, ge=8)  # source + target tokens of a row at the most
+    tasks: dict[str, float]  # task: weight in the mixture
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    save_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)  # newest checkpoints kept
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named_preset(cls, value: Any) -> Any:
+        return {"preset": value} if isinstance(value, str) else value
+
+    @field_validator("tasks")
+    @classmethod
+    def _positive_weights(cls, tasks: dict[str, float]) -> dict[str, float]:
+        chosen = {name: weight for name, weight in tasks.items() if weight > 0}
+        if not chosen or min(tasks.values()) < 0:
+            raise ValueError("weights must not be negative, and one must be positive")
+        return chosen
+
+    @model_validator(mode="after")
+    def _builds(self) -> Recipe:
+        config = self.model_shape()
+        if self.text_positions > config.max_positions:
+            raise ValueError(
+                f"text_positions={self.text_positions} is more than max_positions={config.max_positions}"
+            )
+        return self
+
+    def model_shape(self) -> ModelConfig:
+        """The model's shape (capacity still the preset's: the ds_config decides it)."""
+        fields = dict(self.model)
+        preset = fields.pop("preset", None)
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"model.preset={preset!r} is unknown{_nearest(str(preset), PRESETS)}")
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        for name in fields:
+            if name in DS_CONFIG_KEYS:
+                raise ValueError(f"model.{name}: capacity is set in the ds_config (ds.m6.{name}=…)")
+            if name not in known:
+                raise ValueError(f"model.{name} is unknown{_nearest(name, known)}")
+        try:
+            return dataclasses.replace(PRESETS[preset].config, **fields) if preset else ModelConfig(**fields)
+        except TypeError as error:
+            raise ValueError(f"model: {error}; name a preset or give every size") from None
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe, apply `key.sub=value` overrides, check it. Raises UserError in one line."""
+    return parse_recipe(read_mapping(path), overrides or [], str(path))
+
+
+def parse_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_problem(error)}") from None
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML (or JSON) file that holds one mapping."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold key: value lines")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: must read key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.get(parent, {})
+        if parent == "model" and isinstance(child, str):
+            child = {"preset": child}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent} has no parts")
+        values[parent] = child
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is no YAML") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in problem["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation
+        return f"{key} is unknown{_nearest(str(problem['loc'][-1]), section.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{key}={problem['input']!r}: {reason}" if key else reason
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,258 @@
+"""The run's report: one HTML page that needs nothing else, made from what the tracker wrote."""
+
+import statistics
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from training.charts import Figure, Series, bins, compact, strip, three_digits
+from training.errors import UserError
+from training.tracking import Record, Sample, duration, read_json, read_lines
+
+VALIDATION = "loss/validation/"
+MODALITIES = ("image", "text")  # the order in which routing is counted
+
+
+class Tile(NamedTuple):
+    label: str
+    value: str
+    note: str
+
+
+class Quarter(NamedTuple):
+    """Mean validation loss of a task in the first quarter of the run's steps and in the last."""
+
+    task: str
+    first: float | None  # None: not evaluated then
+    last: float | None
+
+    @property
+    def change(self) -> float | None:
+        """As a fraction of the first; negative is better."""
+        return self.last / self.first - 1 if self.first and self.last is not None else None
+
+
+class LayerLoad(NamedTuple):
+    layer: int
+    experts: str  # what the cells are
+    heat: Markup
+    cv: float | None  # standard deviation over mean of the load that the experts were wanted for
+    dropped: float | None
+
+
+def write_report(run: Path) -> Path:
+    """Write `report/index.html` of a run's folder and return its path. Parts that the run lacks are left out.
+
+    Raises UserError where there is nothing to report.
+    """
+    lines = read_lines(run / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise UserError(f"{run}: no steps in metrics.jsonl, so there is nothing to report; train first")
+    facts = read_json(run / "run.json", {}).get("facts", {})
+    recipe = run / "recipe.yaml"
+    page = _template().render(
+        name=run.resolve().name,
+        facts=[(label(key), shown(value)) for key, value in facts.items()],
+        tiles=tiles(steps, facts),
+        quarters=quarters(lines),
+        learning=learning_figures(steps, lines),
+        experts=expert_figures(steps),
+        load=expert_load(read_json(run / "routing.json", None)),
+        samples=samples_by_task(read_json(run / "samples.json", {})),
+        machine=machine_figures(steps),
+        events=[line for line in lines if "event" in line],
+        recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+    )
+    path = run / "report" / "index.html"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _template() -> Any:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["three_digits"] = three_digits
+    return environment.get_template("report.html.jinja")
+
+
+def label(key: str) -> str:
+    """A flat key as a person would write it: rows/caption -> rows, caption."""
+    return key.replace("_", " ").replace("/", ", ")
+
+
+def shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def quarters(lines: list[Record]) -> list[Quarter]:
+    """Each task's validation loss early and late. `lines`: of metrics.jsonl."""
+    end = max((line["step"] for line in lines), default=0)
+    tasks = sorted({key for line in lines for key in line if key.startswith(VALIDATION)})
+
+    def mean(key: str, within: Callable[[int], bool]) -> float | None:
+        values = [line[key] for line in lines if line.get(key) is not None and within(line["step"])]
+        return statistics.fmean(values) if values else None
+
+    return [
+        Quarter(
+            key.removeprefix(VALIDATION),
+            mean(key, lambda step: step <= end / 4),
+            mean(key, lambda step: step > end * 3 / 4),
+        )
+        for key in tasks
+    ]
+
+
+def tiles(steps: list[Record], facts: Record) -> list[Tile]:
+    """The figures at the head of the page."""
+    last, seconds = steps[-1], sum(line["step_seconds"] * count for line, count in spans(steps, "step"))
+    speed = compact(last["tokens"] / seconds) if seconds else "–"
+    head = [
+        Tile(
+            "Loss",
+            f"{last['loss']:.3f}" if last["loss"] is not None else "not finite",
+            f"step {last['step']:,}",
+        ),
+        Tile("Tokens seen", compact(last["tokens"]), f"{last['position']:,} rows"),
+        Tile("Time in steps", duration(seconds), f"{last['step']:,} steps"),
+        Tile("Tokens a second", speed, utilization(steps)),
+        energy(steps),
+    ]
+    if "parameters/total" in facts:
+        active = facts.get("parameters/active")
+        note = f"{compact(active)} active a token" if active else ""
+        head.insert(0, Tile("Parameters", compact(facts["parameters/total"]), note))
+    return head
+
+
+def spans(steps: list[Record], key: str) -> list[tuple[Record, int]]:
+    """Each logged line with how much of `key`, a running total, it stands for."""
+    starts = [0, *(line[key] for line in steps)]
+    return [(line, line[key] - start) for line, start in zip(steps, starts, strict=False)]
+
+
+def utilization(steps: list[Record]) -> str:
+    """Mean over the time in steps."""
+    measured = [line for line in steps if line.get("flops_utilization") is not None]
+    if not measured:
+        return "utilisation not measured"
+    weights = [line["step_seconds"] for line in measured]
+    mean = statistics.fmean([line["flops_utilization"] for line in measured], weights)
+    return f"{mean:.1%} of peak FLOP/s"
+
+
+def energy(steps: list[Record]) -> Tile:
+    measured = [
+        (line, n) for line, n in spans(steps, "tokens") if line.get("energy/joules_per_token") is not None
+    ]
+    if not measured:
+        return Tile("Energy", "–", "no energy counter to read")
+    joules = sum(line["energy/joules_per_token"] * tokens for line, tokens in measured)
+    each = joules / sum(tokens for _, tokens in measured)
+    total = f"{joules / 3.6e6:.3g} kWh" if joules >= 3.6e5 else f"{joules / 3.6e3:.3g} Wh"
+    return Tile("Energy", total, f"{each:.3g} J a token, by {measured[-1][0]['energy/source']}")
+
+
+def learning_figures(steps: list[Record], lines: list[Record]) -> list[Figure]:
+    """The training loss, and a figure a task with its training and validation loss."""
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("loss/"))
+    tasks = dict.fromkeys(key.removeprefix(VALIDATION).removeprefix("loss/") for key in keys)
+    wanted = [("all tasks", [curve(steps, "loss", "training")])]
+    for task in tasks:
+        training = curve(steps, f"loss/{task}", "training")
+        evaluated = [line for line in lines if VALIDATION + task in line]
+        wanted.append((task, [training, curve(evaluated, VALIDATION + task, "validation", dots=True)]))
+    return figures(wanted)
+
+
+def expert_figures(steps: list[Record]) -> list[Figure]:
+    wanted = []
+    for key, title in (("moe/drop_rate", "assignments dropped"), ("moe/load_cv", "load variation (CV)")):
+        modalities = [curve(steps, f"{key}/{name}", name) for name in MODALITIES]
+        wanted.append((title, [curve(steps, key, "all"), *modalities]))
+    return figures(wanted, from_zero=True)
+
+
+def machine_figures(steps: list[Record]) -> list[Figure]:
+    titles = {
+        "tokens_per_second": "tokens a second",
+        "flops_utilization": "share of peak FLOP/s",
+        "lr": "learning rate",
+        "grad_norm": "gradient norm",
+        "memory/device_bytes": "device memory, GB",
+        "memory/host_bytes": "host memory, GB",
+    }
+    wanted = []
+    for key, title in titles.items():
+        unit = 1e9 if key.startswith("memory/") else 1.0
+        wanted.append((title, [curve(steps, key, "training", unit=unit)]))
+    return figures(wanted, from_zero=True)
+
+
+def curve(lines: list[Record], key: str, name: str, dots: bool = False, unit: float = 1.0) -> Series:
+    values = [line.get(key) for line in lines]
+    points = [(line["step"], None if y is None else y / unit) for line, y in zip(lines, values, strict=True)]
+    return Series(name, name, points, dots)
+
+
+def figures(wanted: list[tuple[str, list[Series]]], from_zero: bool = False) -> list[Figure]:
+    """Figures of the series that have values; a title with none has no figure."""
+    known = [(title, [one for one in series if one.last is not None]) for title, series in wanted]
+    return [Figure(title, series, from_zero) for title, series in known if series]
+
+
+def expert_load(routing: Record | None) -> dict[str, list[LayerLoad]]:
+    """Rows of the heat map by modality; a modality that no token had is left out."""
+    if routing is None:
+        return {}
+    maps = {}
+    for number, name in enumerate(MODALITIES):
+        layers = [
+            layer_load(layer + 1, wanted[number], kept[number])
+            for layer, (wanted, kept) in enumerate(zip(routing["wanted"], routing["kept"], strict=True))
+        ]
+        if any(layer.cv is not None for layer in layers):
+            maps[name] = layers
+    return maps
+
+
+def layer_load(layer: int, wanted: list[int], kept: list[int]) -> LayerLoad:
+    """`wanted`, `kept`: assignments by expert. Many experts share cells, which then show their mean."""
+    even = statistics.fmean(wanted)
+    cells = bins(len(wanted))
+    shared = f", {len(cells[0])} or so a cell" if len(cells) < len(wanted) else ""
+    experts = f"{len(wanted):,} experts{shared}"
+    if not even:
+        return LayerLoad(layer, experts, strip([1.0], ["no tokens"]), None, None)
+    relative = [statistics.fmean([wanted[e] for e in cell]) / even for cell in cells]
+    names = [
+        f"layer {layer}, {cell_name(cell)}: {load:.2f} × the even load, "
+        f"{sum(wanted[e] - kept[e] for e in cell):,} of {sum(wanted[e] for e in cell):,} dropped"
+        for cell, load in zip(cells, relative, strict=True)
+    ]
+    cv = statistics.pstdev(wanted) / even
+    return LayerLoad(layer, experts, strip(relative, names), cv, 1 - sum(kept) / sum(wanted))
+
+
+def cell_name(cell: range) -> str:
+    return f"expert {cell.start + 1}" if len(cell) == 1 else f"experts {cell.start + 1} to {cell.stop}"
+
+
+def samples_by_task(kept: Record) -> Record:
+    """`step` and `tasks`: by task, (sample, picture's data URI or empty) pairs."""
+    rows = kept.get("samples", [])
+    pairs = [
+        (Sample(**row | {"image": None}), f"data:image/png;base64,{row['image']}" if row["image"] else "")
+        for row in rows
+    ]
+    pairs.sort(key=lambda pair: pair[0].task)
+    tasks = {task: list(group) for task, group in groupby(pairs, key=lambda pair: pair[0].task)}
+    return {"step": kept.get("step"), "tasks": tasks}

@@ -1,0 +1,60 @@
+"""A run's folder: `runs/<name>/` with its recipe, its metrics, its checkpoints and its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.ds_config import DSConfig
+from training.errors import UserError
+from training.recipe import Recipe, parse_recipe, read_mapping
+
+FOLDER = Path("runs")
+RECIPE, DS_CONFIG, CHECKPOINTS = "recipe.yaml", "ds_config.json", "checkpoints"
+
+# What a resumed run may do otherwise: none of it changes what a step computes, but `steps`, which lengthens it.
+CHANGEABLE = {"steps", "ds_config", "ds", "data", "evaluation", "tracking", "save_every", "keep"}
+
+
+def open_run(name: str, recipe: Recipe, resume: bool, root: Path = FOLDER) -> Path:
+    """The run's folder, new, or with --resume the old one of the same recipe. Raises UserError.
+
+    Writes nothing: a refused run leaves what is there as it was.
+    """
+    if not name or "/" in name or name.startswith("."):
+        raise UserError(f"--name {name!r}: must be a plain folder name")
+    folder = root / name
+    if not folder.exists():
+        if resume:
+            raise UserError(f"{folder}: no such run to resume")
+        return folder
+    if not resume:
+        raise UserError(f"{folder} exists: choose another --name, or --resume to go on with it")
+    if not (folder / RECIPE).exists():
+        raise UserError(f"{folder}: no run there ({RECIPE} is missing)")
+    earlier = parse_recipe(read_mapping(folder / RECIPE), [], str(folder / RECIPE))
+    for key, value in earlier.model_dump().items():
+        if (
+            key not in CHANGEABLE
+            and value != getattr(recipe, key, None)
+            and value != recipe.model_dump()[key]
+        ):
+            raise UserError(f"{key}: {folder} was started with {value}, not {recipe.model_dump()[key]}")
+    return folder
+
+
+def record_settings(folder: Path, recipe: Recipe, config: DSConfig) -> None:
+    """Write the resolved recipe and ds_config into the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+    (folder / RECIPE).write_text(text, encoding="utf-8")
+    (folder / DS_CONFIG).write_text(json.dumps(config.values, indent=1), encoding="utf-8")
+
+
+def read_settings(folder: Path) -> tuple[Recipe, dict[str, Any]]:
+    """The resolved recipe and ds_config of a run. Raises UserError."""
+    recipe = parse_recipe(read_mapping(folder / RECIPE), [], str(folder / RECIPE))
+    return recipe, read_mapping(folder / DS_CONFIG)

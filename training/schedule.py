@@ -1,0 +1,19 @@
+"""The learning rate as a pure function of the step, so that a resumed run needs no state for it."""
+
+from __future__ import annotations
+
+import math
+
+from training.recipe import Recipe
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Of step `step` (from 0): linear warm-up, then decay to `final` of the peak at the last step."""
+    peak, schedule = recipe.optimizer.lr, recipe.schedule
+    if step < schedule.warmup:
+        return peak * (step + 1) / schedule.warmup
+    if schedule.decay == "constant":
+        return peak
+    done = (step - schedule.warmup) / max(recipe.steps - 1 - schedule.warmup, 1)
+    left = 1 - done if schedule.decay == "linear" else (1 + math.cos(math.pi * min(done, 1))) / 2
+    return peak * (schedule.final + (1 - schedule.final) * max(left, 0))

@@ -1,0 +1,172 @@
+"""The training program: one recipe, on however many ranks the launcher started.
+
+deepspeed --num_accelerators 2 --no_local_rank --module training.train --recipe R --name N [key=value …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from training import checkpoint, ds_config
+from training.data.batches import Collator, StepBatches
+from training.data.corpus import Corpus
+from training.data.order import GlobalOrder
+from training.data.tasks import TASKS
+from training.engine import Engine
+from training.errors import UserError
+from training.evaluate import Validation
+from training.meter import Meter
+from training.peak import matmul_flops
+from training.recipe import Recipe, load_recipe
+from training.run import CHECKPOINTS, open_run, record_settings
+from training.schedule import learning_rate
+from training.tracking import Tracker
+
+
+class Training:
+    """A run in progress on this rank. Construction checks everything before the first step. Collective."""
+
+    def __init__(self, recipe: Recipe, name: str, resume: bool):
+        self.recipe = recipe
+        self.rank, world = dist.get_rank(), dist.get_world_size()
+        self.folder = open_run(name, recipe, resume)
+        self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / "swap")
+        self.corpus = Corpus.open(recipe.data)
+        collate = Collator(self.corpus, self.config.model)
+        order = GlobalOrder(
+            [TASKS[task](self.corpus, "train") for task in recipe.tasks],
+            recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed,
+        )  # fmt: skip
+        self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
+        self.validation = Validation(self.corpus, recipe, collate)
+        found = checkpoint.read_manifest(self.folder / CHECKPOINTS) if resume else None
+        dist.barrier()  # every rank has checked before one of them writes
+        if self.rank == 0:
+            record_settings(self.folder, recipe, self.config)
+        self.engine = Engine(self.config, recipe.seed)
+        self.peak = matmul_flops(self.engine.device)
+        self.step, manifest = self._restore(found) if found else (0, {})
+        self.meter = Meter(self.engine, list(order.counts), self.peak, manifest.get("counters"))
+        self.tracker = (
+            Tracker(self.folder, recipe, self._facts(order), self.step, state=manifest.get("tracker"))
+            if self.rank == 0
+            else None
+        )
+
+    def run(self) -> None:
+        recipe = self.recipe
+        for batches in self.batches.from_step(self.step):
+            if self.step >= recipe.steps:
+                break
+            lr = learning_rate(recipe, self.step)
+            result = self.engine.step(batches, lr)
+            tasks = self.batches.tasks(self.step)
+            self.step += 1
+            record = self.meter.record(result, tasks, self.step * recipe.global_batch, lr)
+            if self.tracker:
+                self.tracker.step({"step": self.step, **record})
+            if self.step % recipe.evaluation.every == 0 or self.step == recipe.steps:
+                self.evaluate()
+            if self.step % recipe.save_every == 0 or self.step == recipe.steps:
+                self.save()
+        if self.tracker:
+            self.tracker.close({"steps": self.step, **self.meter.counters()})
+
+    def evaluate(self) -> None:
+        losses = self.validation.losses(self.engine)
+        samples = self.validation.samples(self.engine)
+        routing = self.meter.routing()
+        if self.tracker:
+            self.tracker.evaluation(self.step, losses)
+            self.tracker.samples(self.step, samples)
+            if routing:
+                self.tracker.routing(self.step, routing)
+        self.meter.restart_clock()
+
+    def save(self) -> None:
+        facts: dict[str, Any] = {
+            "position": self.step * self.recipe.global_batch,
+            "counters": self.meter.counters(),
+            "tokenizer": self.corpus.tokenizer.sha256,
+            "data": self.corpus.fingerprint,
+            "tracker": self.tracker.state() if self.tracker else None,
+        }
+        started = time.perf_counter()
+        checkpoint.save(self.engine, self.folder / CHECKPOINTS, self.step, facts, self.recipe.keep)
+        if self.tracker:
+            self.tracker.event(self.step, "saved", f"checkpoint in {time.perf_counter() - started:.1f} s")
+        self.meter.restart_clock()
+
+    def _restore(self, found: tuple[Path, dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+        path, manifest = found
+        for key, own in (("tokenizer", self.corpus.tokenizer.sha256), ("data", self.corpus.fingerprint)):
+            if manifest[key] != own:
+                raise UserError(
+                    f"{path}: it was trained on another {key}; give the --data that it was started with"
+                )
+        checkpoint.load(self.engine, path, manifest, self._blank_step)
+        return manifest["step"], manifest
+
+    def _blank_step(self) -> None:
+        empty = self.batches.collate([], self.recipe.text_positions, self.config.micro_batch)
+        self.engine.step([empty] * self.config.accumulation, lr=0.0)
+
+    def _facts(self, order: GlobalOrder) -> dict[str, Any]:
+        counts = self.config.model.parameter_counts()
+        return {
+            "parameters": counts.total,
+            "active_parameters": counts.active,
+            "device": get_accelerator().device_name(),
+            "ranks": dist.get_world_size(),
+            "expert_parallel": self.config.expert_parallel,
+            "parameters_on": self.config.parameter_tier,
+            "optimizer_on": self.config.optimizer_tier,
+            "micro_batch": self.config.micro_batch,
+            "accumulation": self.config.accumulation,
+            "matmul_peak_flops": self.peak,
+            **{f"rows_a_step/{task}": count for task, count in order.counts.items()},
+        }
+
+
+def main() -> None:
+    arguments = _arguments()
+    warnings.simplefilter("ignore", FutureWarning)  # of torch, at DeepSpeed's calls, once a call
+    try:
+        overrides = arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
+        recipe = load_recipe(arguments.recipe, overrides)
+        deepspeed.init_distributed()
+        training = Training(recipe, arguments.name, arguments.resume)
+        training.run()
+        training.engine.close()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"m6: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="training.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--name", required=True, help="of the run: runs/<name>")
+    parser.add_argument("--data", help="folder of the corpus, instead of the recipe's")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
