@@ -11,9 +11,7 @@ import click
 from training.errors import UserError
 
 PATH = click.Path(path_type=Path)
-DATA_FOLDER = click.option(
-    "--dir", "folder", default="data", type=PATH, show_default=True, help="The data's home."
-)
+DATA_FOLDER = click.option("--dir", "folder", default="data", type=PATH, show_default=True, help="The data's home.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -53,10 +51,8 @@ def show(folder: Path) -> None:
 @click.option("--name", help="The run's folder is runs/NAME; the recipe's file name if not given.")
 @click.option("--data", "folder", type=PATH, help="The data's home; the recipe's `data` if not given.")
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
-@click.option(
-    "--ranks", type=click.IntRange(min=1), help="Processes; one a GPU, or 2 on the CPU, if not given."
-)
-@click.option("--dry-run", is_flag=True, help="Check everything and build the model, but take no step.")
+@click.option("--ranks", type=click.IntRange(min=1), help="Processes; one a GPU, or 2 on the CPU, if not given.")
+@click.option("--dry-run", is_flag=True, help="Check the settings and print what would run; start nothing.")
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -69,7 +65,24 @@ def train(
     """Train on this machine; KEY=VALUE overrides any key of the recipe, such as optimizer.lr=3e-4."""
     from launch.run import TrainingRun, launch
 
-    return launch(TrainingRun(recipe, overrides, name or recipe.stem, folder, resume, dry_run), ranks)
+    return launch(TrainingRun(recipe, overrides, name or recipe.stem, folder, resume), ranks, dry_run)
+
+
+@m6.command()
+@click.argument("run")
+def report(run: str) -> None:
+    """Write the run's report, one HTML file, and say where it is. RUN: a name under runs/, or a folder."""
+    from launch.report import report_on
+
+    report_on(run)
+
+
+@m6.command()
+def models() -> None:
+    """The model presets: shapes, parameters, and the totals that were published."""
+    from launch.models import show_models
+
+    show_models()
 
 
 @m6.command()

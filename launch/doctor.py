@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch import machine, operators
+from launch import operators
+from training import machine
 
 SETUP = "bash launch/setup.sh"
 # Eight gigabytes hold the small presets with two ranks; the corpus and one run take about as much disk.

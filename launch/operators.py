@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.machine import gpus_listed, has_libaio
 from training.errors import UserError
+from training.machine import gpus_listed, has_libaio
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ class Operator:
 
 
 CPU_ADAM = Operator("cpu_adam", "CPUAdamBuilder", "the optimizer on the CPU", "about a minute")
-SHARED_MEMORY = Operator(
-    "deepspeed_shm_comm", "ShareMemCommBuilder", "all-reduce between CPU ranks", "half a minute"
-)
+SHARED_MEMORY = Operator("deepspeed_shm_comm", "ShareMemCommBuilder", "all-reduce between CPU ranks", "half a minute")
 ASYNC_IO = Operator("async_io", "AsyncIOBuilder", "NVMe offload", "two to four minutes")
 
 

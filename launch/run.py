@@ -11,9 +11,11 @@ from pathlib import Path
 
 import psutil
 
-from launch.machine import usable_cores
+from training.ds_config import DSConfig, resolve
 from training.errors import UserError
+from training.machine import usable_cores
 from training.recipe import load_recipe
+from training.run import open_run
 
 CPU_RANKS = 2  # so that expert parallelism is at work on any machine
 
@@ -40,28 +42,58 @@ class TrainingRun:
     name: str = "run"
     data: Path | None = None
     resume: bool = False
-    dry_run: bool = False
 
     def arguments(self) -> list[str]:
         arguments = ["--recipe", str(self.recipe), "--name", self.name]
         if self.data is not None:
             arguments += ["--data", str(self.data)]
-        flags = {"--resume": self.resume, "--dry-run": self.dry_run}
-        return [*arguments, *(flag for flag, on in flags.items() if on), *self.overrides]
+        if self.resume:
+            arguments.append("--resume")
+        return [*arguments, *self.overrides]
 
 
-def launch(run: TrainingRun, ranks: int | None) -> int:
+def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False) -> int:
     """Check the recipe, start the ranks, wait for them; the exit code to end with.
 
     `ranks` None is a rank a GPU, or CPU_RANKS without one. Raises UserError for mistakes seen before that.
     """
-    load_recipe(run.recipe, list(run.overrides))  # told here once, not by every rank
     gpus = count_gpus()
     if gpus and ranks is not None and ranks > gpus:
         raise UserError(f"--ranks {ranks}: this machine has {gpus} GPU(s); give at most that many")
     ranks = ranks or gpus or CPU_RANKS
+    config = check(run, ranks, gpus)
+    if dry_run:
+        show(config, ranks)
+        return 0
     environment = rank_environment(os.environ, ranks, on_gpu=gpus > 0)
     return explain(supervise(launcher_command(run, ranks, gpu_numbers(gpus)), environment))
+
+
+def check(run: TrainingRun, ranks: int, gpus: int) -> DSConfig:
+    """Find mistakes in the settings here, where they are told once, and not by every rank."""
+    recipe = load_recipe(run.recipe, list(run.overrides))
+    folder = open_run(run.name, recipe, run.resume)
+    data = run.data or Path(recipe.data)
+    if not data.is_dir():
+        raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
+    return resolve(recipe, ranks, gpus, folder / "swap")
+
+
+def show(config: DSConfig, ranks: int) -> None:
+    """Print what would run."""
+    counts = config.model.parameter_counts()
+    experts = f"{config.model.experts} a layer, {config.model.experts // config.expert_parallel} a rank"
+    facts = {
+        "parameters": f"{counts.total:,}, of which a token passes {counts.active:,}",
+        "experts": experts if config.model.experts else "none: a dense model",
+        "ranks": f"{ranks}, in groups of {config.expert_parallel} that share one set of experts",
+        "rows a step": f"{ranks} ranks x {config.micro_batch} x {config.accumulation} micro-batches",
+        "precision": config.precision,
+        "parameters on": config.parameter_tier.replace("none", "the device"),
+        "optimizer on": config.optimizer_tier.replace("none", "the device"),
+    }
+    for name, value in facts.items():
+        print(f"{name:14} {value}")
 
 
 def count_gpus() -> int:

@@ -3,6 +3,7 @@
 # Safe to repeat and to interrupt; takes a second when nothing is to do.
 #
 #   M6_PYTHON             the Python to use (3.11 or newer); python3 if unset
+#   M6_TORCH_INDEX        an extra package index for torch, such as PyTorch's own of CPU builds, which saves gigabytes
 #   TORCH_EXTENSIONS_DIR  where compiled operators are kept; PyTorch's default if unset
 set -euo pipefail
 
@@ -68,8 +69,7 @@ pip_install() {
 
 install_torch_and_packages() {
     local index=() torch
-    # Without a GPU the CPU build will do; PyPI's own brings gigabytes of CUDA libraries.
-    gpu_here || index=(--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
+    [ -z "${M6_TORCH_INDEX:-}" ] || index=(--extra-index-url "$M6_TORCH_INDEX")
     torch="$(grep '^torch==' requirements.txt)"
     say "installing $torch (200 MB or more, once)"
     pip_install --no-deps "${index[@]}" "$torch"

@@ -39,5 +39,6 @@ class Attention(nn.Module):
         """[B, N, D] -> [B, N, D]."""
         b, n, d = x_BND.shape
         qkv_3BHNd = self.qkv(x_BND).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        y_BHNd = F.scaled_dot_product_attention(*qkv_3BHNd.unbind(0), attn_mask=mask_B1NN)
+        q_BHNd, k_BHNd, v_BHNd = qkv_3BHNd.unbind(0)
+        y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask_B1NN)
         return self.out(y_BHNd.transpose(1, 2).reshape(b, n, d))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Routing = Literal["prototype", "top-k"]
 Capacity = Literal["1x", "kx", "none"]
@@ -132,18 +132,14 @@ class Preset:
     source: str = ""
 
 
-_M6T = {"hidden": 1024, "heads": 16}
+_M6T: dict[str, Any] = {"hidden": 1024, "heads": 16}
 
 PRESETS: dict[str, Preset] = {
     "m6-tiny": Preset(
-        ModelConfig(
-            layers=4, hidden=256, ffn=1024, heads=4, experts=16, k=2, text_vocab=16_000, image_channels=1_280
-        )
+        ModelConfig(layers=4, hidden=256, ffn=1024, heads=4, experts=16, k=2, text_vocab=16_000, image_channels=1_280)
     ),
     "m6-small": Preset(
-        ModelConfig(
-            layers=8, hidden=512, ffn=2048, heads=8, experts=32, k=2, text_vocab=16_000, image_channels=1_280
-        )
+        ModelConfig(layers=8, hidden=512, ffn=2048, heads=8, experts=32, k=2, text_vocab=16_000, image_channels=1_280)
     ),
     "m6-base": Preset(ModelConfig(layers=24, ffn=4096, **_M6T), 327e6, "arXiv 2103.00823"),
     "m6-10b": Preset(ModelConfig(layers=50, hidden=4096, ffn=16384, heads=128), 10e9, "arXiv 2103.00823"),
@@ -157,6 +153,8 @@ PRESETS: dict[str, Preset] = {
         "arXiv 2105.15082",
     ),
     "m6-10t": Preset(
-        ModelConfig(layers=48, ffn=9984, experts=10_240, k=80, init_std=0.002, **_M6T), 10.05e12, "arXiv 2110.03888"
+        ModelConfig(layers=48, ffn=9984, experts=10_240, k=80, init_std=0.002, **_M6T),
+        10.05e12,
+        "arXiv 2110.03888",
     ),
 }

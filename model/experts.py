@@ -6,6 +6,7 @@ Shape suffixes: E experts of this rank, C places in each expert's buffer, D hidd
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class LocalExperts(nn.Module):
         over other groups on other ranks would wait for each other for ever.
         """
         name = f"ep_size_{parallel.size}"
+        parameter: Any  # gets attributes that torch does not know
         for parameter in self.parameters():
             parameter.allreduce = False
             parameter.group_name = parameter.ds_zero_partition_group_name = name

@@ -69,8 +69,11 @@ class Layer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.hidden)
         self.attention = Attention(config, *key)
         self.feed_forward_norm = nn.LayerNorm(config.hidden)
-        self.moe = MoELayer(config, parallel, *key) if config.experts else None
-        self.feed_forward = None if config.experts else FeedForward(config, *key)
+        if config.experts:
+            self.moe = MoELayer(config, parallel, *key)
+        else:
+            self.feed_forward = FeedForward(config, *key)
+        self.sparse = config.experts > 0
 
     def forward(
         self, x_BND: Tensor, mask_B1NN: Tensor, valid_BN: Tensor, image_BN: Tensor
@@ -78,7 +81,7 @@ class Layer(nn.Module):
         """Hidden states [B, N, D], auxiliary loss, routing counts [M, 2, E]."""
         x_BND = x_BND + self.attention(self.attention_norm(x_BND), mask_B1NN)
         normed_BND = self.feed_forward_norm(x_BND)
-        if self.moe is None:
+        if not self.sparse:
             return x_BND + self.feed_forward(normed_BND), x_BND.new_zeros(()), x_BND.new_zeros(2, 2, 0)
         y_ND, auxiliary, counts = self.moe(normed_BND.flatten(0, 1), valid_BN.reshape(-1), image_BN.reshape(-1))
         return x_BND + y_ND.view_as(x_BND), auxiliary, counts
@@ -146,9 +149,9 @@ class M6(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch (see `hidden_states` for its inputs, and labels_BT: the id to predict, or IGNORE).
 
-        Without labels_BT it returns logits_BV: what follows each row's last text position. With it: loss_B: summed cross entropy of each row's targets (nats, fp32); targets_B: their number;
-        auxiliary: balance and z-loss, summed over tokens; counts: routing counts [L, M, 2, E]; tokens: valid
-        positions.
+        With labels_BT: loss_B, the summed cross entropy of each row's targets (nats, fp32); targets_B, their number;
+        auxiliary, balance and z-loss summed over tokens; counts, routing counts [L, M, 2, E]; tokens, the number of
+        valid positions. Without: logits_BV, of what follows each row's last text position.
         """
         x_BND, auxiliary, counts, valid_BN = self.hidden_states(
             batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]

@@ -155,9 +155,9 @@ def strip(relative: list[float], names: list[str]) -> Markup:
 
 def _cell(number: int, load: float, name: str) -> Markup:
     strength = min(1.0, abs(math.log2(max(load, 0.01))) / 2)
-    return Markup(
-        '<rect class="{}" x="{}" width="1" height="1" fill-opacity="{:.2f}"><title>{}</title></rect>'
-    ).format("over" if load > 1 else "under", number, strength, name)
+    return Markup('<rect class="{}" x="{}" width="1" height="1" fill-opacity="{:.2f}"><title>{}</title></rect>').format(
+        "over" if load > 1 else "under", number, strength, name
+    )
 
 
 def bins(count: int) -> list[range]:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from deepspeed.utils import (
+    groups,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
@@ -61,9 +62,7 @@ class Slice(Tensor):
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         data = TensorWriteData(self._chunk(), TensorProperties.create_from_tensor(self.local), self.size())
-        return [
-            WriteItem(MetadataIndex(fqn, torch.Size([self.offset])), WriteItemType.SHARD, tensor_data=data)
-        ]
+        return [WriteItem(MetadataIndex(fqn, torch.Size([self.offset])), WriteItemType.SHARD, tensor_data=data)]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [self._chunk()]
@@ -124,17 +123,13 @@ def load(engine: Engine, path: Path, manifest: dict[str, Any], blank_step: Any) 
     brings DeepSpeed's own machinery to create the optimizer state and to renew the 16-bit working copies, on
     whichever tier they live.
     """
-    state = {
-        key: Slice.of(torch.zeros_like(value), *place) for key, value, place in _states(engine, moments=False)
-    }
+    state = {key: Slice.of(torch.zeros_like(value), *place) for key, value, place in _states(engine, moments=False)}
     _read(state, path)
     for name, parameter, _ in _partitions(engine.model):
         _put(safe_set_local_fp32_param, parameter, state[f"{name}.master"])
     blank_step()
     del state
-    state = {
-        key: Slice.of(torch.zeros_like(value), *place) for key, value, place in _states(engine, master=False)
-    }
+    state = {key: Slice.of(torch.zeros_like(value), *place) for key, value, place in _states(engine, master=False)}
     _read(state, path)
     for name, parameter, _ in _partitions(engine.model):
         for moment in MOMENTS:
@@ -146,8 +141,9 @@ def _read(state: dict[str, Slice], path: Path) -> None:
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
 
 
-def _partitions(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, int, int]]]:
+def _partitions(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, int, int]]]:
     """Name, parameter and (real elements, offset, global length) of each ZeRO partition that holds any here."""
+    parameter: Any  # under ZeRO-3, with attributes that torch does not know
     for name, parameter in model.named_parameters():
         share = parameter.ds_tensor.ds_numel
         start = parameter.ds_zero_partition_rank * share
@@ -157,18 +153,14 @@ def _partitions(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int
             yield name, parameter, (real, rank * parameter.ds_numel + start, experts * parameter.ds_numel)
 
 
-def _expert_parallel(parameter: nn.Parameter) -> tuple[int, int]:
-    from deepspeed.utils import groups
-
+def _expert_parallel(parameter: Any) -> tuple[int, int]:
     if getattr(parameter, "ds_zero_placement_family", None) != "autoep_expert":
         return 1, 0
     name = parameter.ds_zero_partition_group_name
     return groups._get_expert_parallel_world_size(name), groups._get_expert_parallel_rank(name)
 
 
-def _states(
-    engine: Engine, master: bool = True, moments: bool = True
-) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
+def _states(engine: Engine, master: bool = True, moments: bool = True) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
     """Key, local value (without padding) and (offset, global length) of each state of each partition."""
     for name, parameter, (real, offset, length) in _partitions(engine.model):
         if master:
@@ -179,7 +171,7 @@ def _states(
             yield f"{name}.{moment}", value, (offset, length)
 
 
-def _put(setter: Any, parameter: nn.Parameter, part: Slice, *key: str) -> None:
+def _put(setter: Any, parameter: Any, part: Slice, *key: str) -> None:
     whole = part.local.new_zeros(parameter.ds_tensor.ds_numel)
     whole[: part.local.numel()] = part.local
     setter(parameter, whole, *key)

@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 from model.config import Capacity, ModelConfig
 from training.errors import UserError
+from training.machine import multiplies_bf16
 from training.recipe import Recipe, read_mapping
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -84,6 +85,10 @@ class DSConfig:
     parameter_tier: str
     optimizer_tier: str
 
+    @property
+    def precision(self) -> str:
+        return "bf16, fp32 masters" if self.values["bf16"]["enabled"] else "fp32"
+
 
 def default_path(gpus: int) -> Path:
     """The file that `ds_config: auto` means on a machine with so many GPUs in the job's node."""
@@ -98,13 +103,14 @@ def resolve(recipe: Recipe, world: int, gpus: int, swap: Path) -> DSConfig:
     path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)
     values = _merge(read_mapping(path), recipe.ds)
     try:
-        return _resolve(values, recipe, world, swap)
+        return _resolve(values, recipe, world, gpus, swap)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _resolve(values: dict[str, Any], recipe: Recipe, world: int, swap: Path) -> DSConfig:
+def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap: Path) -> DSConfig:
     _check_keys(values)
+    bf16 = _bf16(values.get("bf16", {}), gpus)
     zero = values.get("zero_optimization", {})
     _check_zero(zero)
     block = values.get("m6", {})
@@ -120,6 +126,7 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, swap: Path) -> 
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optimizer.clip,
+        "bf16": bf16,
         "zero_optimization": zero,
         "optimizer": _optimizer(recipe, tiers["offload_optimizer"]),
         "steps_per_print": 2**31,
@@ -149,16 +156,20 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     if not isinstance(values.get("m6", {}).get("recompute", False), bool):
         raise UserError("m6.recompute: must be true or false")
     if values.get("bf16", {}).get("bf16_master_weights_and_grads"):
-        raise UserError(
-            "bf16.bf16_master_weights_and_grads: masters are fp32 (16-bit ones lose small updates)"
-        )
+        raise UserError("bf16.bf16_master_weights_and_grads: masters are fp32 (16-bit ones lose small updates)")
+
+
+def _bf16(block: Mapping[str, Any], gpus: int) -> dict[str, Any]:
+    """`enabled: auto` is bf16 (with fp32 masters) where the hardware multiplies it, else plain fp32."""
+    enabled = block.get("enabled", "auto")
+    if enabled not in (True, False, "auto"):
+        raise UserError(f"bf16.enabled={enabled!r}: must be true, false or auto")
+    return {**block, "enabled": (gpus > 0 or multiplies_bf16()) if enabled == "auto" else enabled}
 
 
 def _check_zero(zero: Mapping[str, Any]) -> None:
     if zero.get("stage") != 3:
-        raise UserError(
-            f"zero_optimization.stage={zero.get('stage')}: only 3 is supported (experts, offload, saving)"
-        )
+        raise UserError(f"zero_optimization.stage={zero.get('stage')}: only 3 is supported (experts, offload, saving)")
     for key, reason in REFUSED_ZERO.items():
         if key in zero and zero[key] not in (False, 1, None):
             raise UserError(f"zero_optimization.{key}={zero[key]}: {reason}")
@@ -168,9 +179,7 @@ def _with_capacity(model: ModelConfig, block: Mapping[str, Any]) -> ModelConfig:
     if "capacity" in block and block["capacity"] not in get_args(Capacity):
         raise UserError(f"m6.capacity={block['capacity']!r}: must be one of {', '.join(get_args(Capacity))}")
     try:
-        return dataclasses.replace(
-            model, **{key: block[key] for key in block.keys() & {"capacity", "capacity_factor"}}
-        )
+        return dataclasses.replace(model, **{key: block[key] for key in block.keys() & {"capacity", "capacity_factor"}})
     except (ValueError, TypeError) as error:
         raise UserError(f"m6.{error}") from None
 
@@ -187,9 +196,7 @@ def _expert_parallel(values: Mapping[str, Any], model: ModelConfig, world: int) 
     if not isinstance(parallel, int) or parallel < 1:
         raise UserError(f"{key}: must be a whole number from 1")
     if world % parallel:
-        raise UserError(
-            f"{key} does not divide the {world} rank(s) of this job; set ds.expert_parallel.autoep_size"
-        )
+        raise UserError(f"{key} does not divide the {world} rank(s) of this job; set ds.expert_parallel.autoep_size")
     if model.experts % parallel:
         raise UserError(f"{key} does not divide the model's {model.experts} experts")
     if parallel > 1 and not model.experts:
@@ -214,9 +221,7 @@ def _batch(values: Mapping[str, Any], recipe: Recipe, world: int) -> tuple[int, 
     }
     for key, value in derived.items():
         if values.get(key, "auto") not in ("auto", value):
-            raise UserError(
-                f"{key}={values[key]} disagrees with the recipe, which makes it {value}: take it out"
-            )
+            raise UserError(f"{key}={values[key]} disagrees with the recipe, which makes it {value}: take it out")
     return micro, accumulation
 
 

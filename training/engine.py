@@ -7,7 +7,6 @@ layer's experts on every rank. So the model builds its local experts itself, tag
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -90,9 +89,7 @@ class Engine:
         depend on how the rows fall to ranks and micro-batches.
         """
         assert len(batches) == self.config.accumulation
-        batches = [
-            {key: value.to(self.device, non_blocking=True) for key, value in b.items()} for b in batches
-        ]
+        batches = [{key: value.to(self.device, non_blocking=True) for key, value in b.items()} for b in batches]
         targets, tokens = self._global_counts(batches)
         # DeepSpeed averages over ranks and micro-batches; our loss is a sum over them.
         shares = self.world * len(batches)
@@ -111,9 +108,11 @@ class Engine:
 
     def _global_counts(self, batches: Iterable[Batch]) -> tuple[int, int]:
         patches = self.config.model.image_patches
-        targets = sum((b["labels_BT"] >= 0).sum() for b in batches)
-        tokens = sum(b["length_B"].sum() + patches * b["has_image_B"].sum() for b in batches)
-        counts = torch.stack((targets, tokens)).to(torch.int64)
+        own = [
+            torch.stack(((b["labels_BT"] >= 0).sum(), b["length_B"].sum() + patches * b["has_image_B"].sum()))
+            for b in batches
+        ]
+        counts = torch.stack(own).sum(0)
         dist.all_reduce(counts)
         targets, tokens = counts.tolist()
         return targets, tokens
@@ -157,7 +156,8 @@ class Engine:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only; ZeRO-3 shows a partitioned weight as empty, so its kept shape decides."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         vector = len(shape) < 2 or name.rsplit(".", 1)[-1].startswith("b")
@@ -166,8 +166,3 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
         {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
     ]
-
-
-def shape_of(config: DSConfig) -> dict[str, Any]:
-    """The model's shape as plain values, for manifests and logs."""
-    return dataclasses.asdict(config.model)

@@ -42,9 +42,7 @@ class Validation:
                 loss_B, targets_B = engine.losses(batch)
                 sums[index] += torch.tensor([loss_B.sum(dtype=torch.float64), targets_B.sum()]).to(sums)
         dist.all_reduce(sums)
-        return {
-            f"loss/validation/{t.name}": (s[0] / s[1]).item() for t, s in zip(self.tasks, sums, strict=True)
-        }
+        return {f"loss/validation/{t.name}": (s[0] / s[1]).item() for t, s in zip(self.tasks, sums, strict=True)}
 
     def samples(self, engine: Engine) -> list[Sample]:
         """Validation pictures named by the model, greedily. Collective; every rank gets them all."""
@@ -53,6 +51,7 @@ class Validation:
         tokenizer = self.corpus.tokenizer
         rows = [self._ask(row) for row in self.sample_rows]
         batch = self.collate(rows, max(len(row.source) + 1 for row in rows))
+        del batch["labels_BT"]
         said = greedy(engine.next_logits, batch, SAID_AT_MOST, tokenizer.vocab_size, tokenizer.eos_id)
         pictures = [self.corpus.picture(row) for row in self.sample_rows]
         return [

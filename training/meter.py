@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from model.routing import MODALITIES
 from training.energy import EnergyMeter
@@ -18,9 +21,7 @@ from training.engine import Engine, StepResult
 class Meter:
     """Turns step results into the records of metrics.jsonl. Calls are collective."""
 
-    def __init__(
-        self, engine: Engine, task_names: Sequence[str], peak: float, counters: dict[str, Any] | None = None
-    ):
+    def __init__(self, engine: Engine, task_names: Sequence[str], peak: float, counters: dict[str, Any] | None = None):
         self.engine, self.task_names = engine, task_names
         self.peak = self._sum(peak)  # FLOP/s of all ranks
         self.energy = EnergyMeter()
@@ -35,8 +36,7 @@ class Meter:
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        joules = self.energy.joules()
-        return {"tokens": self.tokens, "joules": None if joules is None else self.joules_before + joules}
+        return {"tokens": self.tokens, "joules": self._joules()}
 
     def record(self, result: StepResult, tasks: Sequence[str], position: int, lr: float) -> dict[str, Any]:
         now = time.perf_counter()
@@ -73,29 +73,37 @@ class Meter:
             sums[index, 0] = result.rows_loss[own].sum()
             sums[index, 1] = result.rows_targets[own].sum()
         dist.all_reduce(sums)
-        return {
-            f"loss/{name}": (s[0] / s[1]).item()
-            for name, s in zip(self.task_names, sums, strict=True)
-            if s[1]
-        }
+        return {f"loss/{name}": (s[0] / s[1]).item() for name, s in zip(self.task_names, sums, strict=True) if s[1]}
 
     def _memory(self) -> dict[str, int]:
         """Peak device bytes of the fullest rank, and resident host bytes of all ranks."""
         device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         fullest = torch.tensor(float(device), device=self.engine.device)
         dist.all_reduce(fullest, op=dist.ReduceOp.MAX)
-        host = self._sum(float(psutil.Process().memory_info().rss))
-        return {"memory/device_bytes": int(fullest.item()), "memory/host_bytes": int(host)}
+        return {"memory/device_bytes": int(fullest.item()), "memory/host_bytes": host_bytes()}
 
     def _energy(self) -> dict[str, Any]:
-        joules = self.energy.joules()
-        total = None if joules is None else (self.joules_before + joules) / max(self.tokens, 1)
-        return {"energy/joules_per_token": total, "energy/source": self.energy.source}
+        joules = self._joules()
+        per_token = None if joules is None else joules / max(self.tokens, 1)
+        return {"energy/joules_per_token": per_token, "energy/source": self.energy.source}
+
+    def _joules(self) -> float | None:
+        """Joules of all nodes since the run began: one meter a node counts. None where a node has none."""
+        own = self.energy.joules() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 0.0
+        total = self._sum(math.nan if own is None or self.joules_before is None else own)
+        return None if math.isnan(total) else self.joules_before + total
 
     def _sum(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         return total.item()
+
+
+def host_bytes() -> int:
+    """Resident host memory of all ranks together. Collective."""
+    total = torch.tensor(psutil.Process().memory_info().rss, device=get_accelerator().current_device_name())
+    dist.all_reduce(total)
+    return int(total.item())
 
 
 def load(routing: torch.Tensor) -> dict[str, float]:

@@ -7,28 +7,47 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
+import re
+import textwrap
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from model.config import PRESETS, ModelConfig
 from training.errors import UserError
 
 # Said in the ds_config's "m6" block, beside the parallelism that they belong to.
 DS_CONFIG_KEYS = ("capacity", "capacity_factor")
+# Those of training.data.tasks, whose import would take seconds.
+TASK_NAMES = ("caption", "denoise", "image_denoise", "language", "poem", "review")
+
+_SHAPE = TypeAdapter(ModelConfig)
+# Products of two stay positions, which are 64-bit integers.
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Optimizer(Section):
     """AdamW."""
 
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.98)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)  # matrices only
     clip: float = Field(1.0, ge=0)  # of the global gradient norm; 0 is off
@@ -59,9 +78,9 @@ class Recipe(Section):
     ds_config: str = "auto"  # a path, or `auto`: by what this machine has
     ds: dict[str, Any] = {}  # overrides of the ds_config, e.g. ds.expert_parallel.autoep_size=1
     data: str = "data"
-    seed: int = Field(1, ge=0)
-    steps: int = Field(ge=1)
-    global_batch: int = Field(ge=1)  # rows a step, on however many ranks
+    seed: int = Field(1, ge=0, lt=2**63)
+    steps: Count
+    global_batch: Count  # rows a step, on however many ranks
     text_positions: int = Field(96, ge=8)  # source + target tokens of a row at the most
     tasks: dict[str, float]  # task: weight in the mixture
     optimizer: Optimizer = Optimizer()
@@ -79,6 +98,9 @@ class Recipe(Section):
     @field_validator("tasks")
     @classmethod
     def _positive_weights(cls, tasks: dict[str, float]) -> dict[str, float]:
+        for name in tasks:
+            if name not in TASK_NAMES:
+                raise ValueError(f"{name} is unknown{_nearest(name, TASK_NAMES)}")
         chosen = {name: weight for name, weight in tasks.items() if weight > 0}
         if not chosen or min(tasks.values()) < 0:
             raise ValueError("weights must not be negative, and one must be positive")
@@ -88,16 +110,14 @@ class Recipe(Section):
     def _builds(self) -> Recipe:
         config = self.model_shape()
         if self.text_positions > config.max_positions:
-            raise ValueError(
-                f"text_positions={self.text_positions} is more than max_positions={config.max_positions}"
-            )
+            raise ValueError(f"text_positions={self.text_positions} is more than max_positions={config.max_positions}")
         return self
 
     def model_shape(self) -> ModelConfig:
         """The model's shape (capacity still the preset's: the ds_config decides it)."""
         fields = dict(self.model)
         preset = fields.pop("preset", None)
-        if preset is not None and preset not in PRESETS:
+        if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
             raise ValueError(f"model.preset={preset!r} is unknown{_nearest(str(preset), PRESETS)}")
         known = {field.name for field in dataclasses.fields(ModelConfig)}
         for name in fields:
@@ -105,10 +125,15 @@ class Recipe(Section):
                 raise ValueError(f"model.{name}: capacity is set in the ds_config (ds.m6.{name}=…)")
             if name not in known:
                 raise ValueError(f"model.{name} is unknown{_nearest(name, known)}")
+        base = dataclasses.asdict(PRESETS[preset].config) if preset else {}
         try:
-            return dataclasses.replace(PRESETS[preset].config, **fields) if preset else ModelConfig(**fields)
-        except TypeError as error:
-            raise ValueError(f"model: {error}; name a preset or give every size") from None
+            shape = _SHAPE.validate_python(base | fields)
+        except ValidationError as error:
+            raise ValueError(_shape_problem(error)) from None
+        for name, value in dataclasses.asdict(shape).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"model.{name}={value}: must be a finite number")
+        return shape
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -120,18 +145,49 @@ def parse_recipe(values: dict[str, Any], overrides: list[str], source: str) -> R
     for override in overrides:
         _apply(values, override)
     try:
-        return Recipe(**values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {_first_problem(error)}") from None
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML as a recipe needs it: no key twice, and no aliases, which can make a small file huge."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not read: *{self.peek_event().anchor}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        _once([(self.construct_object(key, deep=True), value) for key, value in node.value])
+        return super().construct_mapping(node, deep)
+
+
+# 1e-3 is a number in YAML 1.2; PyYAML reads 1.1, where it is text.
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+# What reading text as YAML or JSON raises: besides their own errors, bad dates and numbers, and deep nesting.
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key} is there twice")
+    return dict(pairs)
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """A YAML (or JSON) file that holds one mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        is_json = Path(path).suffix == ".json"
+        values = json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _Yaml)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *_UNREADABLE) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold key: value lines")
@@ -140,9 +196,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: must read key=value")
     *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        raise UserError(f"override {override!r}: must read key=value")
     for parent in parents:
         child = values.get(parent, {})
         if parent == "model" and isinstance(child, str):
@@ -152,8 +208,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values[parent] = child
         values = child
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        values[last] = yaml.load(text, _Yaml)
+    except _UNREADABLE:
         raise UserError(f"override {override!r}: the value is no YAML") from None
 
 
@@ -168,7 +224,19 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing"
     reason = problem["msg"].removeprefix("Value error, ")
-    return f"{key}={problem['input']!r}: {reason}" if key else reason
+    return f"{key}={_shown(problem['input'])}: {reason}" if key else reason
+
+
+def _shape_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    reason = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"model.{problem['loc'][0]} is missing; name a preset or give every size"
+    return f"model.{problem['loc'][0]}={_shown(problem['input'])}: {reason}" if problem["loc"] else f"model.{reason}"
+
+
+def _shown(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder="…")
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -150,9 +150,7 @@ def utilization(steps: list[Record]) -> str:
 
 
 def energy(steps: list[Record]) -> Tile:
-    measured = [
-        (line, n) for line, n in spans(steps, "tokens") if line.get("energy/joules_per_token") is not None
-    ]
+    measured = [(line, n) for line, n in spans(steps, "tokens") if line.get("energy/joules_per_token") is not None]
     if not measured:
         return Tile("Energy", "–", "no energy counter to read")
     joules = sum(line["energy/joules_per_token"] * tokens for line, tokens in measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def open_run(name: str, recipe: Recipe, resume: bool, root: Path = FOLDER) -> Pa
 
     Writes nothing: a refused run leaves what is there as it was.
     """
-    if not name or "/" in name or name.startswith("."):
-        raise UserError(f"--name {name!r}: must be a plain folder name")
+    if not re.fullmatch(r"\w[\w.+=-]{0,59}", name):
+        raise UserError(f"--name {name!r}: must be a plain folder name of at most 60 letters, digits, . _ + = -")
     folder = root / name
     if not folder.exists():
         if resume:
@@ -36,13 +37,10 @@ def open_run(name: str, recipe: Recipe, resume: bool, root: Path = FOLDER) -> Pa
     if not (folder / RECIPE).exists():
         raise UserError(f"{folder}: no run there ({RECIPE} is missing)")
     earlier = parse_recipe(read_mapping(folder / RECIPE), [], str(folder / RECIPE))
+    wanted = recipe.model_dump()
     for key, value in earlier.model_dump().items():
-        if (
-            key not in CHANGEABLE
-            and value != getattr(recipe, key, None)
-            and value != recipe.model_dump()[key]
-        ):
-            raise UserError(f"{key}: {folder} was started with {value}, not {recipe.model_dump()[key]}")
+        if key not in CHANGEABLE and value != wanted[key]:
+            raise UserError(f"{key}: {folder} was started with {value}, not {wanted[key]}")
     return folder
 
 

@@ -73,7 +73,7 @@ class Tracker:
         """
         mode = wandb_mode(recipe)
         run.mkdir(parents=True, exist_ok=True)
-        self._run, self._recipe, self._step = run, recipe, start_step
+        self._run, self._recipe = run, recipe
         self._window: list[Record] = list(state["window"]) if state else []
         self._time_left = TimeLeft(recipe.steps, recipe.evaluation.every)
         keep_lines(run / "metrics.jsonl", start_step)
@@ -104,7 +104,7 @@ class Tracker:
 
     def step(self, record: Record) -> None:
         """Show a finished step; write the window that it closes, if it closes one."""
-        step = self._step = record["step"]
+        step = record["step"]
         self._window.append(record)
         self._time_left.step(time.monotonic(), record["step_seconds"])
         left = self._time_left.seconds(step)
@@ -198,9 +198,10 @@ def keep_lines(path: Path, step: int) -> None:
 def read_lines(path: Path) -> list[Record]:
     """The lines of a metrics file; a torn one is passed over, and a missing file has none."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for one in text.split("\n"):  # splitlines would also split at separators that a caption may hold
         try:
-            line = json.loads(text)
+            line = json.loads(one)
         except json.JSONDecodeError:
             continue
         if isinstance(line, dict) and "step" in line:
@@ -357,10 +358,10 @@ class WandbPage:
 
     def log(self, step: int, values: Record) -> None:
         shown = {k: v for k, v in values.items() if isinstance(v, int | float) or k == "event"}
-        self._attempt(lambda page: page.log(shown, step=step))
+        self._attempt(lambda page: _log(page, step, shown))
 
     def samples(self, step: int, samples: list[Sample]) -> None:
-        self._attempt(lambda page: page.log({"samples": _sample_table(samples)}, step=step))
+        self._attempt(lambda page: _log(page, step, {"samples": _sample_table(samples)}))
 
     def summary(self, values: Record) -> None:
         self._attempt(lambda page: page.summary.update(clean(values)))
@@ -394,10 +395,15 @@ def _start_wandb(mode: Any, options: Record) -> Any:
 
     if mode == "online" and not wandb.login(prompt=False):  # init would ask at the terminal, and wait
         raise RuntimeError("not logged in (`wandb login`, or tracking.wandb=offline)")
-    settings = wandb.Settings(
-        silent=True, console="off", init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS
-    )
+    settings = wandb.Settings(silent=True, console="off", init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
     return wandb.init(mode=mode, allow_val_change=True, resume="allow", settings=settings, **options)
+
+
+def _log(page: Any, step: int, values: Record) -> None:
+    # What a crashed run had sent beyond its checkpoint is on the page already, and the same to the bit. Steps
+    # are wandb's own, not a metric, so that the pieces of a run that was resumed offline are disjoint.
+    if step >= page.step:
+        page.log(values, step=step)
 
 
 def _finish_wandb(page: Any, exit_code: int) -> None:

@@ -6,6 +6,7 @@ deepspeed --num_accelerators 2 --no_local_rank --module training.train --recipe 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -26,7 +27,7 @@ from training.data.tasks import TASKS
 from training.engine import Engine
 from training.errors import UserError
 from training.evaluate import Validation
-from training.meter import Meter
+from training.meter import Meter, host_bytes
 from training.peak import matmul_flops
 from training.recipe import Recipe, load_recipe
 from training.run import CHECKPOINTS, open_run, record_settings
@@ -54,8 +55,10 @@ class Training:
         dist.barrier()  # every rank has checked before one of them writes
         if self.rank == 0:
             record_settings(self.folder, recipe, self.config)
+        self.host_bytes_before = host_bytes()
         self.engine = Engine(self.config, recipe.seed)
-        self.peak = matmul_flops(self.engine.device)
+        dtype = next(self.engine.model.parameters()).dtype
+        self.peak = matmul_flops(self.engine.device, dtype)
         self.step, manifest = self._restore(found) if found else (0, {})
         self.meter = Meter(self.engine, list(order.counts), self.peak, manifest.get("counters"))
         self.tracker = (
@@ -65,7 +68,13 @@ class Training:
         )
 
     def run(self) -> None:
+        with self.tracker or contextlib.nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         recipe = self.recipe
+        if not self.step:
+            self.evaluate()  # where learning starts from
         for batches in self.batches.from_step(self.step):
             if self.step >= recipe.steps:
                 break
@@ -80,8 +89,9 @@ class Training:
                 self.evaluate()
             if self.step % recipe.save_every == 0 or self.step == recipe.steps:
                 self.save()
+        counters = self.meter.counters()
         if self.tracker:
-            self.tracker.close({"steps": self.step, **self.meter.counters()})
+            self.tracker.close({"steps": self.step, **counters})
 
     def evaluate(self) -> None:
         losses = self.validation.losses(self.engine)
@@ -112,9 +122,7 @@ class Training:
         path, manifest = found
         for key, own in (("tokenizer", self.corpus.tokenizer.sha256), ("data", self.corpus.fingerprint)):
             if manifest[key] != own:
-                raise UserError(
-                    f"{path}: it was trained on another {key}; give the --data that it was started with"
-                )
+                raise UserError(f"{path}: it was trained on another {key}; give the --data that it was started with")
         checkpoint.load(self.engine, path, manifest, self._blank_step)
         return manifest["step"], manifest
 
@@ -125,16 +133,18 @@ class Training:
     def _facts(self, order: GlobalOrder) -> dict[str, Any]:
         counts = self.config.model.parameter_counts()
         return {
-            "parameters": counts.total,
-            "active_parameters": counts.active,
+            "parameters/total": counts.total,
+            "parameters/active": counts.active,
             "device": get_accelerator().device_name(),
             "ranks": dist.get_world_size(),
             "expert_parallel": self.config.expert_parallel,
             "parameters_on": self.config.parameter_tier,
             "optimizer_on": self.config.optimizer_tier,
+            "precision": self.config.precision,
             "micro_batch": self.config.micro_batch,
             "accumulation": self.config.accumulation,
-            "matmul_peak_flops": self.peak,
+            "matmul_peak_flops/rank": self.peak,
+            "host_bytes/before_model": self.host_bytes_before,
             **{f"rows_a_step/{task}": count for task, count in order.counts.items()},
         }
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.machine import usable_cores
 from launch.run import TrainingRun, gpu_numbers, launch, launcher_command, rank_environment
 from training.errors import UserError
+from training.machine import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -117,10 +117,7 @@ def make_run(run: Path, recipe: Recipe, load: dict | None, samples: list[Sample]
             if step:
                 tracker.step(make_record(step, random_))
             if step % recipe.evaluation.every == 0:
-                losses = {
-                    f"loss/validation/{t}": 2.5 + 0.4 * i + 7 * math.exp(-step / 90)
-                    for i, t in enumerate(TASKS)
-                }
+                losses = {f"loss/validation/{t}": 2.5 + 0.4 * i + 7 * math.exp(-step / 90) for i, t in enumerate(TASKS)}
                 tracker.evaluation(step, losses)
         if load:
             tracker.routing(recipe.steps, load)

@@ -55,9 +55,7 @@ def test_the_page_has_every_part_and_asks_for_nothing(run: Path) -> None:
         assert figure in page.text
     assert "3 of 6 exactly right" in page.text and "更上一层楼" in page.text and "登鹳雀楼" in page.text
     assert "global_batch: 32" in page.text and "checkpoints/step-400" in page.text
-    assert len(page.addresses) == 6 and all(
-        one.startswith("data:image/png;base64,") for one in page.addresses
-    )
+    assert len(page.addresses) == 6 and all(one.startswith("data:image/png;base64,") for one in page.addresses)
     assert "script" not in page.tags and "link" not in page.tags
     assert not re.search(r"url\(|@import|https?:", path.read_text(encoding="utf-8"))
 
@@ -69,9 +67,7 @@ def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
 def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     recipe = make_recipe(steps=1, tasks={HOSTILE: 1.0})
     with Tracker(tmp_path, recipe, {HOSTILE: HOSTILE}) as tracker:
-        tracker.step(
-            make_record(1) | {f"loss/{HOSTILE}": 1.0, "energy/source": HOSTILE, "energy/joules_per_token": 1}
-        )
+        tracker.step(make_record(1) | {f"loss/{HOSTILE}": 1.0, "energy/source": HOSTILE, "energy/joules_per_token": 1})
         tracker.evaluation(1, {f"loss/validation/{HOSTILE}": 1.0})
         tracker.samples(1, [Sample(None, HOSTILE, HOSTILE, HOSTILE, HOSTILE)])
         tracker.event(1, HOSTILE, HOSTILE)
@@ -148,9 +144,7 @@ def test_long_lines_are_thinned_and_gaps_stay_gaps() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 0), (2.2, 9.7), (-3, 4), (1e-5, 1e-3), (5, 5), (0, 1e12), (-2, -2)]
-)
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (2.2, 9.7), (-3, 4), (1e-5, 1e-3), (5, 5), (0, 1e12), (-2, -2)])
 def test_ticks_enclose_the_values(low: float, high: float) -> None:
     marks = ticks(low, high)
     assert 3 <= len(marks) <= 6 and marks[0] <= low and high <= marks[-1]

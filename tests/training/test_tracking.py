@@ -114,6 +114,13 @@ def test_lines_that_no_tracker_wrote_are_passed_over(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "missing.jsonl") == []
 
 
+def test_a_caption_with_a_line_separator_is_one_line(tmp_path: Path) -> None:
+    for start in (0, 5):
+        with Tracker(tmp_path, RECIPE, FACTS, start) as tracker:
+            tracker.event(5, "note", "一\u2028二\n三")
+    assert [line["text"] for line in read_lines(tmp_path / "metrics.jsonl")] == ["一\u2028二\n三"] * 2
+
+
 def test_time_left_passes_over_outliers_and_adds_the_evaluations_to_come() -> None:
     left, now = TimeLeft(steps=100, evaluate_every=10), 0.0
     assert left.seconds(0) is None
@@ -207,9 +214,7 @@ def test_a_resumed_run_continues_its_page_and_leaves_no_service(tmp_path: Path) 
     pages = list((tmp_path / "quick/wandb").glob(f"offline-run-*-{state['wandb']}/*.wandb"))
     assert pages and not list((tmp_path / "home").rglob("artifacts"))
     staged = [file for file in (tmp_path / "quick/wandb/data").rglob("*") if file.is_file()]
-    assert {sample.image for sample in make_samples() if sample.image} <= {
-        file.read_bytes() for file in staged
-    }
+    assert {sample.image for sample in make_samples() if sample.image} <= {file.read_bytes() for file in staged}
     assert b"loss/validation/caption" in b"".join(page.read_bytes() for page in pages)
     assert not [child for child in psutil.Process().children(recursive=True) if "wandb" in child.name()]
 
@@ -258,9 +263,7 @@ def make_zone(powercap: Path, zone: str, name: str, microjoules: int) -> Path:
     return folder / "energy_uj"
 
 
-def test_rapl_counts_each_domain_once_and_through_a_wrap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rapl_counts_each_domain_once_and_through_a_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     package = make_zone(tmp_path, "intel-rapl:0", "package-0", 900_000_000)
     memory = make_zone(tmp_path, "intel-rapl:0:1", "dram", 0)

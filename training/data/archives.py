@@ -49,9 +49,7 @@ def read_wheel(path: Path, name: str) -> bytes:
 
 def _check_size(path: Path, name: str, size: int) -> None:
     if size > MAX_MEMBER_BYTES:
-        raise UserError(
-            f"{path}: member {name!r} claims {size} bytes, more than {MAX_MEMBER_BYTES}; not unpacked"
-        )
+        raise UserError(f"{path}: member {name!r} claims {size} bytes, more than {MAX_MEMBER_BYTES}; not unpacked")
 
 
 def _seek_deb_data(file: BinaryIO) -> None:

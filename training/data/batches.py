@@ -34,11 +34,15 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row], width: int, size: int | None = None) -> Batch:
         """A batch of `size` rows, `width` text positions each (rounded up); rows that lack are empty ones."""
-        size, width = size or len(rows), -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         tokenizer, model = self.corpus.tokenizer, self.model
+        size, width = size or len(rows), min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, model.max_positions)
         tokens_BT = np.full((size, width), tokenizer.pad_id, np.int64)
         labels_BT = np.full((size, width), IGNORE, np.int64)
-        source_B, length_B, has_image_B = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, bool)
+        source_B, length_B, has_image_B = (
+            np.zeros(size, np.int64),
+            np.zeros(size, np.int64),
+            np.zeros(size, bool),
+        )
         image_BPC = np.zeros((size, model.image_patches, model.image_channels), np.float32)
         for i, row in enumerate(rows):
             text = [*row.source, tokenizer.bos_id, *row.target[:-1]]
@@ -77,7 +81,7 @@ def _check(corpus: Corpus, model: ModelConfig) -> None:
             )
         return
     side, patches = (model.image_channels // 3) ** 0.5, model.image_patches**0.5
-    if model.image_channels % 3 or not side.is_integer() or not patches.is_integer():
+    if model.image_channels % 3 or not (side >= 1 and side.is_integer()) or not (patches >= 1 and patches.is_integer()):
         raise UserError(
             f"model.image_patches={model.image_patches}, image_channels={model.image_channels}: pixel patches are "
             "3·p·p channels each, in a square grid"

@@ -71,9 +71,7 @@ def _write_rows(folder: Path, rows: Sequence[Any], kind: type) -> None:
 
 
 def _write_skipped(path: Path, log: Log) -> None:
-    path.write_text(
-        "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in log.skipped), encoding="utf-8"
-    )
+    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in log.skipped), encoding="utf-8")
 
 
 def _tokenizer_lines(pictures: Sequence[Picture], texts: Sequence[Text]) -> Iterator[str]:

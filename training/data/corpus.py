@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
+from training.data.features import augmented
 from training.data.rows import Picture, Text
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
+# Raised whenever the layout changes, or the same packages would give another corpus.
 FORMAT = 1
 FOLDER = "corpus"
 PICTURES, TEXTS = "pictures", "texts"
@@ -50,9 +52,7 @@ class Corpus:
         for name, entry in manifest["files"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise UserError(
-                    f"{path}: missing or of the wrong size; run `m6 data fetch` to build the corpus anew"
-                )
+                raise UserError(f"{path}: missing or of the wrong size; run `m6 data fetch` to build the corpus anew")
         return cls(folder, manifest)
 
     @property
@@ -69,15 +69,19 @@ class Corpus:
         """Check every file against its SHA-256; raises UserError that names the first that differs."""
         for name, entry in self.manifest["files"].items():
             if sha256_of(self.folder / name) != entry["sha256"]:
-                raise UserError(
-                    f"{self.folder / name}: damaged; run `m6 data fetch` to build the corpus anew"
-                )
+                raise UserError(f"{self.folder / name}: damaged; run `m6 data fetch` to build the corpus anew")
 
     def picture(self, row: int) -> Picture:
         return Picture(**{name: column[row].as_py() for name, column in self._picture_columns.items()})
 
     def text(self, row: int) -> Text:
         return Text(**{name: column[row].as_py() for name, column in self._text_columns.items()})
+
+    def pixels(self, row: int, augmentation: int, side: int) -> np.ndarray:
+        """float32 [3, side, side] in [-1, 1]: the view of a picture that `features[row, augmentation]` describes."""
+        picture = self.picture(row)
+        square = augmented(picture.pil(), augmentation, picture.mirrorable, side)
+        return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
     def picture_rows(self, split: str, **equals: Any) -> np.ndarray:
         """int64 row numbers of the pictures of a split whose columns equal the given values."""
@@ -113,9 +117,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); run `m6 data fetch`") from error
     if found != FORMAT:
-        raise UserError(
-            f"{folder}: corpus of format {found}, this program reads {FORMAT}; run `m6 data fetch`"
-        )
+        raise UserError(f"{folder}: corpus of format {found}, this program reads {FORMAT}; run `m6 data fetch`")
     return manifest
 
 

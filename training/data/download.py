@@ -38,14 +38,10 @@ def download_all(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
                 reasons[source.id] = str(error)
             progress.update(task, total=1, completed=int(source.id in had))
     lacking = [
-        f"{source.label}: {reasons[source.id]}"
-        for source in SOURCES
-        if source.required and source.id in reasons
+        f"{source.label}: {reasons[source.id]}" for source in SOURCES if source.required and source.id in reasons
     ]
     if lacking:
-        raise UserError(
-            f"cannot fetch {'; '.join(lacking)}; check the network and the package client, then repeat"
-        )
+        raise UserError(f"cannot fetch {'; '.join(lacking)}; check the network and the package client, then repeat")
     return had, reasons
 
 
@@ -61,9 +57,7 @@ def download(source: Source, folder: Path) -> Path:
             raise NotHad(f"{source.client} did not bring {source.file}")
         found = sha256_of(fetched)
         if found != source.sha256:
-            raise NotHad(
-                f"{source.client} brought another {source.file}: SHA-256 {found}, pinned {source.sha256}"
-            )
+            raise NotHad(f"{source.client} brought another {source.file}: SHA-256 {found}, pinned {source.sha256}")
         fetched.replace(path)
     return path
 
@@ -71,9 +65,7 @@ def download(source: Source, folder: Path) -> Path:
 def _run_client(source: Source, folder: Path) -> None:
     """Let the client of `source` put its file into `folder`, under the client's own configuration."""
     command = {"npm": _npm, "pip": _pip, "apt": _apt}[source.client](source, folder)
-    result = subprocess.run(
-        command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if result.returncode:
         raise NotHad(f"{source.client} failed: {_reason(result.stderr)}")
 

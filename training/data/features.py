@@ -1,6 +1,6 @@
 """Pictures to patch features: a frozen EfficientNet-Lite0, as M6 feeds a frozen ResNet's patch features.
 
-M6 (Lin et al. 2021) cuts an image into 4 x 4 patches and describes each by a pre-trained CNN. Here the last
+M6 (arXiv 2103.00823) cuts an image into 4 x 4 patches and describes each by a pre-trained CNN. Here the last
 feature map of EfficientNet-Lite0 at 128 x 128 pixels is that 4 x 4 grid (Tan and Le 2019; the Lite variants
 have no squeeze-and-excitation and use ReLU6). The network never trains: features are computed once a picture.
 """
@@ -18,6 +18,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.data.images import on_white
 from training.errors import UserError
 
 IMAGE_SIZE = 128
@@ -92,9 +93,7 @@ class EfficientNetLite0(nn.Module):
         blocks, channels = [], _STEM_CHANNELS
         for repeats, kernel, stride, expansion, outputs in _STAGES:
             for repeat in range(repeats):
-                blocks.append(
-                    InvertedBottleneck(channels, outputs, kernel, stride if repeat == 0 else 1, expansion)
-                )
+                blocks.append(InvertedBottleneck(channels, outputs, kernel, stride if repeat == 0 else 1, expansion))
                 channels = outputs
         self.blocks = nn.Sequential(*blocks)
         self.conv_head, self.bn1 = _conv(channels, CHANNELS), _norm(CHANNELS)
@@ -128,20 +127,20 @@ AUGMENTATIONS = (
 )
 
 
-def augmented(image: Image.Image, k: int, mirrorable: bool = True) -> Image.Image:
-    """The k-th fixed view of an RGB image as a white square of IMAGE_SIZE; 0 is the plain one.
+def augmented(image: Image.Image, k: int, mirrorable: bool = True, square_side: int = IMAGE_SIZE) -> Image.Image:
+    """The k-th fixed view of an RGB image as a white square of `square_side` pixels; 0 is the plain one.
 
     A picture that means something else in a mirror (an arrow, a letter) is not mirrored if not `mirrorable`.
     """
     view = AUGMENTATIONS[k]
     if view.mirrored and mirrorable:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    ratio = view.scale * IMAGE_SIZE / max(image.size)
+    ratio = view.scale * square_side / max(image.size)
     width, height = (max(1, round(side * ratio)) for side in image.size)
-    square = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+    square = Image.new("RGB", (square_side, square_side), "white")
     corner = (
-        round((IMAGE_SIZE - width) / 2 + view.right * IMAGE_SIZE),
-        round((IMAGE_SIZE - height) / 2 + view.down * IMAGE_SIZE),
+        round((square_side - width) / 2 + view.right * square_side),
+        round((square_side - height) / 2 + view.down * square_side),
     )
     square.paste(image.resize((width, height), Image.Resampling.BICUBIC), corner)
     return square
@@ -173,13 +172,11 @@ class PatchFeatures:
             self.network.load_state_dict(load(weights), strict=True)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{path}: not a usable feature network ({reason}); run `m6 data fetch`"
-            ) from error
+            raise UserError(f"{path}: no feature network ({reason}); run `m6 data fetch`") from error
         self.sha256 = hashlib.sha256(weights).hexdigest()
 
     def __call__(self, images: list[Image.Image]) -> Tensor:
-        return self.of_squares([augmented(image.convert("RGB"), 0) for image in images])
+        return self.of_squares([augmented(on_white(image), 0) for image in images])
 
     @torch.inference_mode()
     def of_squares(self, squares: list[Image.Image]) -> Tensor:
@@ -188,7 +185,7 @@ class PatchFeatures:
 
 
 def pixels(squares: list[Image.Image]) -> Tensor:
-    """RGB images of one size -> [n, 3, h, w] as the network was trained to see them, channels last in memory."""
+    """RGB images of one size -> [n, 3, h, w], scaled as the network was trained to see them."""
     array = np.stack([np.asarray(square, dtype=np.float32) for square in squares])
     scaled = (torch.from_numpy(array) - _PIXEL_MEAN) / _PIXEL_SCALE
     return scaled.permute(0, 3, 1, 2)

@@ -154,7 +154,5 @@ def _alone(data_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(
-                f"{data_dir}: another `m6 data fetch` is at work there; wait for it to end"
-            ) from error
+            raise UserError(f"{data_dir}: another `m6 data fetch` is at work there; wait for it to end") from error
         yield

@@ -28,7 +28,9 @@ class GlobalOrder:
         self.tasks = sorted(tasks, key=lambda task: (task.limit(text_positions), task.name))
         for task in self.tasks:
             if not len(task.pool):
-                raise UserError(f"tasks.{task.name}: the corpus has nothing for it in split {task.split!r}: leave it out")
+                raise UserError(
+                    f"tasks.{task.name}: the corpus has nothing for it in split {task.split!r}: leave it out"
+                )
         self.batch, self.text_positions, self.seed = batch, text_positions, seed
         self.counts = allot({task.name: weights[task.name] for task in self.tasks}, batch)
         self._ends = np.cumsum([self.counts[task.name] for task in self.tasks])

@@ -10,12 +10,12 @@ from opencc import OpenCC
 from PIL import Image
 
 from training.data.archives import read_tar
+from training.data.images import read_image
 from training.data.rows import Log, Picture, clean
 from training.data.sources import BY_ID
 from training.data.splits import emoji_family, emoji_key, split_of
 
 LONG_SIDE = 256
-MAX_PIXELS = 50_000_000
 _FLAGS, _SYMBOLS = "flags", "symbols"
 # Its picture in A is the same as that of 1f431, under another name.
 _DUPLICATE_IN_A = "1f63a"
@@ -125,9 +125,7 @@ def _emoji(key: str, data: bytes, labels: Labels, source_id: str, style: str, lo
 
 def read_stamps(archive: Path, log: Log) -> Iterator[Picture]:
     """Stamps of source B with a Chinese sentence, sorted by path, without letters and vector drawings."""
-    files = dict(
-        read_tar(archive, lambda name: name.startswith(_STAMPS) and name.endswith((".png", ".svg", ".txt")))
-    )
+    files = dict(read_tar(archive, lambda name: name.startswith(_STAMPS) and name.endswith((".png", ".svg", ".txt"))))
     for name in sorted(files):
         stem, ending = name.removeprefix(_STAMPS).rsplit(".", 1)
         if ending == "txt" or (ending == "svg" and f"{_STAMPS}{stem}.png" in files):
@@ -179,29 +177,11 @@ def _stamp_sentences(data: bytes, stem: str, log: Log) -> tuple[str, str]:
 
 
 def normalised_png(data: bytes) -> bytes:
-    """PNG, RGB on white, at most LONG_SIDE pixels on the long side, from the bytes of a PNG, WebP or JPEG.
-
-    Raises ValueError with the reason if `data` is not a whole image of at most MAX_PIXELS.
-    """
-    image = _on_white(data)
+    """PNG, RGB on white, at most LONG_SIDE pixels a side. Raises ValueError as `read_image` does."""
+    image = read_image(data)
     if max(image.size) > LONG_SIDE:
         image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     # The default level takes twice the time to save a seventh of the space.
     image.save(out, format="PNG", compress_level=2)
     return out.getvalue()
-
-
-def _on_white(data: bytes) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")) as image:
-            # The size stands in the header: a decompression bomb is refused before it is decoded.
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            rgba = image.convert("RGBA")
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"too large: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"not a readable image: {error}") from error
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")

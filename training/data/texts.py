@@ -16,9 +16,7 @@ from training.data.sources import BY_ID
 from training.data.splits import split_of
 
 MAX_CHARACTERS = 4_000
-_POEM_FILES = re.compile(
-    r"package/dist/(quantangshi/poet\.(tang|song)\.\d+|songci/ci\.song\.\w+|yuanqu/yuanqu)\.json"
-)
+_POEM_FILES = re.compile(r"package/dist/(quantangshi/poet\.(tang|song)\.\d+|songci/ci\.song\.\w+|yuanqu/yuanqu)\.json")
 _PLAYS = "曲"
 _FORMS = {"quantangshi": "诗", "songci": "词", "yuanqu": _PLAYS}
 # Gaps, editors' brackets, descriptions of missing characters, private-use code points.

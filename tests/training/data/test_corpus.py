@@ -92,9 +92,7 @@ def test_damage_is_found(copy):
         Corpus.open(copy)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "damaged"), ("[]", "damaged"), ('{"format": 99}', "format 99")]
-)
+@pytest.mark.parametrize(("text", "message"), [("{", "damaged"), ("[]", "damaged"), ('{"format": 99}', "format 99")])
 def test_manifests_that_cannot_be_read(copy, text, message):
     (copy / corpus.FOLDER / corpus.MANIFEST).write_text(text)
     with pytest.raises(UserError, match=message):

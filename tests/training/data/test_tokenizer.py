@@ -43,9 +43,7 @@ def test_special_ids(sample_corpus):
 def test_model_is_reproducible_and_pickles(sample_corpus, tmp_path):
     pictures = [sample_corpus.picture(row) for row in range(len(sample_corpus.pictures))]
     texts = [sample_corpus.text(row) for row in range(len(sample_corpus.texts))]
-    train_tokenizer(
-        _tokenizer_lines(pictures, texts), tmp_path / "again.model", sample_corpus.tokenizer.vocab_size
-    )
+    train_tokenizer(_tokenizer_lines(pictures, texts), tmp_path / "again.model", sample_corpus.tokenizer.vocab_size)
     again = Tokenizer(tmp_path / "again.model")
     assert again.sha256 == sample_corpus.tokenizer.sha256
     assert again.sha256 == hashlib.sha256((tmp_path / "again.model").read_bytes()).hexdigest()

@@ -20,7 +20,7 @@ def mask_spans(tokens: list[int], mask: int, random: Random, share: float = MASK
     gaps = np.sort(random.choice(kept + 1, size=len(lengths), replace=False))
     masked, read, written = [], 0, 0
     for gap, length in zip(gaps.tolist(), lengths, strict=True):
-        masked += tokens[read : read + gap - written] + [mask]
+        masked += [*tokens[read : read + gap - written], mask]
         read += gap - written + length
         written = gap
     return masked + tokens[read:]

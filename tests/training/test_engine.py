@@ -1,0 +1,86 @@
+"""The engine's losses do not depend on where states live or how ranks divide the work."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training import engine_ranks as ranks
+from training.data.corpus import Corpus
+from training.machine import has_libaio
+
+# fp32: summation order alone differs, seen up to 3e-8. bf16: see benchmarks/parity.md.
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def trained(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Losses and norms of 20 steps by (world, tier, ep), each trained once."""
+    known: dict[Any, list[tuple[float, float]]] = {}
+
+    def train(world: int, tier: dict[str, Any], parallel: int, **block: Any) -> list[tuple[float, float]]:
+        key = (world, str(tier), parallel, str(block))
+        if key not in known:
+            swap = tmp_path_factory.mktemp("swap")
+            ds = ranks.settings(tier, parallel, **block)
+            results = run_ranks(world, ranks.train, sample_corpus.folder.parent, swap, ds)
+            assert all(result == results[0] for result in results), "ranks disagree on the global loss"
+            known[key] = results[0]
+        return known[key]
+
+    return train
+
+
+def agree(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> bool:
+    pairs = zip(itertools.chain(*a), itertools.chain(*b), strict=True)
+    return all(abs(x - y) <= TOLERANCE * abs(x) for x, y in pairs)
+
+
+def test_losses_fall_and_clipping_is_active(trained: Any) -> None:
+    results = trained(2, ranks.CPU, 2)
+    losses, norms = zip(*results, strict=True)
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert min(norms) > ranks.RECIPE["optimizer"]["clip"]
+
+
+@pytest.mark.skipif(not has_libaio(), reason="libaio's headers are not installed: no NVMe offload")
+def test_cpu_and_nvme_agree_to_the_bit(trained: Any) -> None:
+    assert trained(2, ranks.CPU, 2) == trained(2, ranks.NVME, 2)
+
+
+def test_offload_changes_nothing_but_rounding(trained: Any) -> None:
+    assert agree(trained(2, ranks.CPU, 2), trained(2, ranks.NONE, 2))
+
+
+def test_expert_parallelism_changes_nothing_but_rounding(trained: Any) -> None:
+    assert agree(trained(2, ranks.CPU, 2), trained(2, ranks.CPU, 1))
+
+
+def test_the_number_of_ranks_changes_nothing_but_rounding(trained: Any) -> None:
+    assert agree(trained(2, ranks.CPU, 2), trained(1, ranks.CPU, 1))
+
+
+def test_the_same_recipe_twice_gives_equal_bits(trained: Any) -> None:
+    # `recompute` renames nothing but the cache's key: the recomputed run must also be this run.
+    first = trained(2, ranks.CPU, 2)
+    assert first == trained(2, ranks.CPU, 2, capacity_factor=1.25)
+    assert agree(first, trained(2, ranks.CPU, 2, recompute=True))
+
+
+def test_mixed_tiers_train(trained: Any) -> None:
+    optimizer_only = {"offload_optimizer": {"device": "cpu"}}
+    assert trained(2, optimizer_only, 2) == trained(2, ranks.CPU, 2)
+
+
+def test_shared_layers_train_under_the_engine(sample_corpus: Corpus, tmp_path: Path) -> None:
+    """Pseudo stage: one physical layer called L times, with and without recomputation, ep 1 and ep 2."""
+    changes = {"model": ranks.MODEL | {"share_layers": True}}
+    results = []
+    for parallel, recompute in ((2, False), (2, True), (1, False)):
+        ds = ranks.settings(ranks.CPU, parallel, recompute=recompute)
+        results.append(run_ranks(2, ranks.train, sample_corpus.folder.parent, tmp_path, ds, changes)[0])
+    assert agree(results[0], results[1]) and agree(results[0], results[2])
