@@ -10,7 +10,7 @@ from model.config import PRESETS, Preset
 
 def show_models() -> None:
     """A line a preset: shape, parameters by our count, total as published (M6, M6-T, M6-10T) and the difference."""
-    table = Table(box=None)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for heading in ("preset", "layers", "hidden", "ffn", "experts", "k"):
         table.add_column(heading, justify="left" if heading == "preset" else "right", no_wrap=True)
     for heading in ("total", "active", "paper", "off by"):

@@ -15,7 +15,7 @@ from training.ds_config import DSConfig, resolve
 from training.errors import UserError
 from training.machine import usable_cores
 from training.recipe import load_recipe
-from training.run import open_run
+from training.run import SWAP, open_run
 
 CPU_RANKS = 2  # so that expert parallelism is at work on any machine
 
@@ -76,7 +76,7 @@ def check(run: TrainingRun, ranks: int, gpus: int) -> DSConfig:
     data = run.data or Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
-    return resolve(recipe, ranks, gpus, folder / "swap")
+    return resolve(recipe, ranks, gpus, folder / SWAP)
 
 
 def show(config: DSConfig, ranks: int) -> None:

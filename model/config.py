@@ -70,6 +70,11 @@ class ModelConfig:
         return self.text_vocab + self.image_codes
 
     @property
+    def experts_used(self) -> int:
+        """Experts that the capacity mode lets a token use, on average and at the most."""
+        return 1 if not self.experts or self.capacity == "1x" else self.k
+
+    @property
     def expert_parameters(self) -> int:
         """Parameters of one expert (or of the dense feed-forward layer): two matrices with bias, three if gated."""
         inputs = 2 if self.gated_experts else 1
@@ -82,10 +87,9 @@ class ModelConfig:
         norms = 4 * h
         router = h * self.experts
         experts = max(self.experts, 1) * self.expert_parameters
-        used = 1 if not self.experts or self.capacity == "1x" else self.k
         embeddings = (self.vocab + self.max_positions + SEGMENTS) * h
         image = self.image_channels * h + h + self.image_patches * h + 2 * h
-        layer_active = attention + norms + router + used * self.expert_parameters
+        layer_active = attention + norms + router + self.experts_used * self.expert_parameters
         return ParameterCounts(
             embeddings=embeddings,
             image=image,
@@ -96,16 +100,18 @@ class ModelConfig:
             active=embeddings + image + 2 * h + self.layers * layer_active,
         )
 
-    def training_flops(self, tokens: int, targets: int) -> int:
+    def training_flops(self, tokens: int, targets: int, assignments: int | None = None) -> int:
         """FLOPs of forward + backward through the active matrices (2 + 4 a parameter and position).
 
-        `tokens`: positions through the trunk; `targets`: positions through the vocabulary head.
+        `tokens`: positions through the trunk; `targets`: positions through the vocabulary head; `assignments`:
+        rows through experts over all layers, as counted, or None for as many as the capacity mode lets through.
         Attention scores and recomputation are not counted.
         """
-        used = 1 if not self.experts or self.capacity == "1x" else self.k
-        matrices = (3 if self.gated_experts else 2) * self.hidden * self.ffn * used
-        layer = 4 * self.hidden * self.hidden + self.hidden * self.experts + matrices
-        return 6 * (tokens * self.layers * layer + targets * self.vocab * self.hidden)
+        if assignments is None:
+            assignments = tokens * self.layers * self.experts_used
+        expert = (3 if self.gated_experts else 2) * self.hidden * self.ffn
+        layer = 4 * self.hidden * self.hidden + self.hidden * self.experts
+        return 6 * (tokens * self.layers * layer + assignments * expert + targets * self.vocab * self.hidden)
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,15 @@ class LocalExperts(nn.Module):
         self.b1_EF = nn.Parameter(torch.zeros(e, f))
         self.w2_EFD = nn.Parameter(torch.empty(e, config.ffn, d))
         self.b2_ED = nn.Parameter(torch.zeros(e, d))
-        for i, number in enumerate(self.numbers):
-            fill_normal(self.w1_EDF.data[i], config.init_std, *key, number, "w1")
-            fill_normal(self.w2_EFD.data[i], config.init_std, *key, number, "w2")
+        if not self.w1_EDF.is_meta:  # where half a million experts would be visited for nothing
+            self._fill(config.init_std, *key)
         if parallel.data_group is not None:
             self._mark(parallel)
+
+    def _fill(self, std: float, *key: object) -> None:
+        for i, number in enumerate(self.numbers):
+            fill_normal(self.w1_EDF.data[i], std, *key, number, "w1")
+            fill_normal(self.w2_EFD.data[i], std, *key, number, "w2")
 
     def _mark(self, parallel: ExpertParallel) -> None:
         """Tell ZeRO-3 to partition these over the ranks that hold the same experts.

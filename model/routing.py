@@ -61,8 +61,9 @@ def places_per_expert(tokens: int, config: ModelConfig, capacity: Capacity) -> i
     """
     if capacity == "none":
         return None
-    share = tokens / config.experts * (config.k if capacity == "kx" else 1)
-    return math.ceil(config.capacity_factor * share)
+    assignments = tokens * (config.k if capacity == "kx" else 1)
+    # Divided last: a quotient that is rounded first can come out a place too large.
+    return math.ceil(config.capacity_factor * assignments / config.experts)
 
 
 def assign(expert_TK: Tensor, valid_T: Tensor, experts: int, places: int | None) -> Assignments:

@@ -10,7 +10,6 @@ A checkpoint is written to a temporary folder, checksummed into its manifest, fl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from training.data.corpus import sha256_of
 from training.engine import Engine
 from training.errors import UserError
 
@@ -85,7 +85,7 @@ def save(engine: Engine, folder: Path, step: int, facts: dict[str, Any], keep: i
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
     dist.barrier()
     if dist.get_rank() == 0:
-        files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+        files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, "step": step, "adam_step": _adam_step(engine), "files": files, **facts}
         _write(partial / MANIFEST, json.dumps(manifest, ensure_ascii=False, indent=1))
         shutil.rmtree(final, ignore_errors=True)
@@ -94,9 +94,14 @@ def save(engine: Engine, folder: Path, step: int, facts: dict[str, Any], keep: i
         _write(folder / f"{LATEST}.partial", final.name)
         (folder / f"{LATEST}.partial").rename(folder / LATEST)
         _sync(folder)
-        _prune(folder, keep)
+        _prune(folder, step, keep)
     dist.barrier()
     return final
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint; None for a run that was stopped before its first. Raises UserError for a damaged one."""
+    return read_manifest(folder) if (folder / LATEST).exists() else None
 
 
 def read_manifest(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -111,7 +116,7 @@ def read_manifest(folder: Path) -> tuple[Path, dict[str, Any]]:
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {manifest.get('format')}, this program reads {FORMAT}")
     for name, digest in manifest["files"].items():
-        if not (path / name).is_file() or _digest(path / name) != digest:
+        if not (path / name).is_file() or sha256_of(path / name) != digest:
             raise UserError(f"{path / name}: missing or damaged (its SHA-256 differs from the manifest's)")
     return path, manifest
 
@@ -165,7 +170,7 @@ def _states(engine: Engine, master: bool = True, moments: bool = True) -> Iterat
     for name, parameter, (real, offset, length) in _partitions(engine.model):
         if master:
             # Cloned: what comes from NVMe lies in a buffer that the next read uses again.
-            yield f"{name}.master", safe_get_local_fp32_param(parameter)[:real].clone(), (offset, length)
+            yield f"{name}.master", safe_get_local_fp32_param(parameter)[:real].detach().clone(), (offset, length)
         for moment in MOMENTS if moments else ():
             value = safe_get_local_optimizer_state(parameter, moment)[:real].clone()
             yield f"{name}.{moment}", value, (offset, length)
@@ -209,11 +214,6 @@ def _set_adam_step(engine: Engine, step: int) -> None:
         )
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -229,7 +229,8 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    for old in steps[:-keep]:
-        shutil.rmtree(old)
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Keep the newest `keep` checkpoints up to `step`; later ones are left alone."""
+    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    for old in [number for number in steps if number <= step][:-keep]:
+        shutil.rmtree(folder / f"step-{old}")

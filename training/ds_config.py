@@ -12,15 +12,16 @@ import difflib
 import math
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from model.config import Capacity, ModelConfig
 from training.errors import UserError
-from training.machine import multiplies_bf16
-from training.recipe import Recipe, read_mapping
+from training.machine import has_libaio, multiplies_bf16
+from training.recipe import Recipe, one_line, read_mapping, shown
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 TIERS = ("none", "cpu", "nvme")
@@ -28,26 +29,75 @@ TIERS = ("none", "cpu", "nvme")
 # Bytes of one parameter's states on NVMe: fp32 master, two Adam moments and the gradient; 16-bit working copy.
 NVME_OPTIMIZER_BYTES, NVME_PARAMETER_BYTES = 16, 2
 
-TOP_LEVEL = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "bf16", "zero_optimization", "expert_parallel", "data_types", "communication_data_type", "aio",
-    "comms_logger", "flops_profiler", "wall_clock_breakdown", "m6",
+# What a setting may hold, in the words of the message that refuses anything else.
+FLAG, COUNT, SIZE, BUFFERS = "true or false", "a whole number from 0", "a whole number from 1", "a whole number from 4"
+NUMBER, TEXT, BLOCK = "a number from 0", "text", "a block of settings"
+DTYPE, TIER, CAPACITY = "fp32 or bf16", ", ".join(TIERS), ", ".join(get_args(Capacity))
+AUTO = " or auto"
+FITS: dict[str, Callable[[Any], bool]] = {
+    FLAG: lambda value: isinstance(value, bool),
+    COUNT: lambda value: _is_whole(value, 0),
+    SIZE: lambda value: _is_whole(value, 1),
+    # Four buffers hold a layer's expert tensors, or one tensor's master, gradient and moments: fewer are a crash.
+    BUFFERS: lambda value: _is_whole(value, 4),
+    NUMBER: lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf,
+    TEXT: lambda value: isinstance(value, str),
+    BLOCK: lambda value: isinstance(value, Mapping),
+    DTYPE: lambda value: value in ("fp32", "bf16"),
+    TIER: lambda value: value in TIERS,
+    CAPACITY: lambda value: value in get_args(Capacity),
+}
+
+# Every setting that is known to work under ZeRO-3; blocks that are not listed are left to DeepSpeed.
+SETTINGS: dict[str, dict[str, str]] = {
+    "": {
+        "train_batch_size": SIZE + AUTO, "train_micro_batch_size_per_gpu": SIZE, "gradient_clipping": NUMBER + AUTO,
+        "gradient_accumulation_steps": SIZE + AUTO, "bf16": BLOCK, "zero_optimization": BLOCK,
+        "expert_parallel": BLOCK, "data_types": BLOCK, "communication_data_type": DTYPE, "aio": BLOCK,
+        "comms_logger": BLOCK, "flops_profiler": BLOCK, "wall_clock_breakdown": FLAG, "m6": BLOCK,
+    },
+    "bf16.": {"enabled": FLAG + AUTO, "check_grad_overflow": FLAG},
+    "zero_optimization.": {
+        "stage": SIZE, "offload_param": BLOCK, "offload_optimizer": BLOCK, "overlap_comm": FLAG,
+        "contiguous_gradients": FLAG, "reduce_scatter": FLAG, "reduce_bucket_size": SIZE, "sub_group_size": COUNT,
+        "stage3_prefetch_bucket_size": COUNT, "stage3_param_persistence_threshold": COUNT,
+        "stage3_model_persistence_threshold": COUNT, "stage3_max_live_parameters": COUNT,
+        "stage3_max_reuse_distance": COUNT,
+    },
+    "zero_optimization.offload_param.": {
+        "device": TIER, "nvme_path": TEXT + AUTO, "buffer_count": BUFFERS, "buffer_size": SIZE + AUTO,
+        "max_in_cpu": COUNT, "pin_memory": FLAG,
+    },
+    "zero_optimization.offload_optimizer.": {
+        "device": TIER, "nvme_path": TEXT + AUTO, "buffer_count": BUFFERS, "pin_memory": FLAG, "fast_init": FLAG,
+    },
+    "expert_parallel.": {"enabled": FLAG, "autoep_size": SIZE},
+    "data_types.": {"grad_accum_dtype": DTYPE},
+    "aio.": {
+        "block_size": SIZE, "queue_depth": SIZE, "intra_op_parallelism": SIZE, "single_submit": FLAG,
+        "overlap_events": FLAG,
+    },
+    "m6.": {"capacity": CAPACITY, "capacity_factor": NUMBER, "recompute": FLAG},
 }  # fmt: skip
-M6_BLOCK = {"capacity", "capacity_factor", "recompute"}
 
 _REMOVED = "DeepSpeed 0.19.8 has removed it: take it out"
 _OURS = "the run tracks itself (recipe: tracking): take it out"
+_CHECKPOINTS = "checkpoints are the program's own: take it out"
+_WITH_EXPERTS = "DeepSpeed refuses it with expert parallelism under ZeRO-3: take it out"
+_ZENFLOW = "it fails on three-dimensional expert weights: take it out"
+_PLAIN_SWAPPER = "only the plain swapper, with nothing in flight, can be saved: take it out"
+_OFFLOAD = "it is deprecated: use offload_param and offload_optimizer"
 REFUSED = {
     "optimizer": "the optimizer is in the recipe (optimizer.lr …): take it out",
     "scheduler": "the schedule is in the recipe (schedule.warmup …): take it out",
     "fp16": "only bf16 with fp32 masters is supported: use bf16",
     "activation_checkpointing": "it is the reentrant form, which loses gradients of shared layers: use m6.recompute",
-    "checkpoint": "checkpoints are the program's own: take it out",
-    "load_universal_checkpoint": "checkpoints are the program's own: take it out",
-    "sequence_parallel_size": "DeepSpeed refuses it with expert parallelism under ZeRO-3: take it out",
+    "checkpoint": _CHECKPOINTS,
+    "load_universal_checkpoint": _CHECKPOINTS,
+    "sequence_parallel_size": _WITH_EXPERTS,
     "tensor_parallel": "DeepSpeed refuses it with offload: take it out",
-    "zenflow": "it fails on three-dimensional expert weights: take it out",
-    "compile": "DeepSpeed refuses it with expert parallelism under ZeRO-3: take it out",
+    "zenflow": _ZENFLOW,
+    "compile": _WITH_EXPERTS,
     "use_data_before_expert_parallel": "expert groups are consecutive ranks: take it out",
     **dict.fromkeys(("wandb", "tensorboard", "csv_monitor", "comet"), _OURS),
     **dict.fromkeys(
@@ -55,21 +105,34 @@ REFUSED = {
          "sparse_attention", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"),
         _REMOVED,
     ),
+    "expert_parallel.enabled": (
+        "DeepSpeed would gather a whole layer's experts on every rank; set it to false, the model shards its own "
+        "(autoep_size counts)"
+    ),
+    "bf16.bf16_master_weights_and_grads": "masters are fp32 (16-bit ones lose small updates): take it out",
+    "bf16.bf16_optimizer_states": "it needs 16-bit masters, which lose small updates: take it out",
+    "aio.use_gds": "it needs CUDA's cuFile, and its states cannot be saved: take it out",
+    **{f"zero_optimization.{key}": reason for key, reason in {
+        "zero_hpz_partition_size": _WITH_EXPERTS,
+        "zero_quantized_gradients": _WITH_EXPERTS,
+        "zero_quantized_weights": "it would change the losses silently: take it out",
+        "zero_quantized_nontrainable_weights": "it would change the losses silently: take it out",
+        "zenflow": _ZENFLOW,
+        **dict.fromkeys(("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"), _REMOVED),
+        **dict.fromkeys(("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "offload_states"), _OFFLOAD),
+        "elastic_checkpoint": _CHECKPOINTS,
+        "leaf_module": "expert layers are gathered by their own groups: take it out",
+        "offload_optimizer.ratio": (
+            "DeepSpeed would not apply the learning-rate schedule to the part that stays on the device: take it out"
+        ),
+        "offload_optimizer.super_offload": "it needs CUDA superchips and steps outside the engine's order: take it out",
+        "offload_optimizer.pipeline_read": _PLAIN_SWAPPER,
+        "offload_optimizer.pipeline_write": _PLAIN_SWAPPER,
+    }.items()},
 }  # fmt: skip
-REFUSED_ZERO = {
-    "zero_hpz_partition_size": "DeepSpeed refuses it with expert parallelism",
-    "zero_quantized_gradients": "DeepSpeed refuses it with expert parallelism",
-    "zero_quantized_weights": "it would change the losses silently",
-    "zenflow": "it fails on three-dimensional expert weights",
-    "mics_shard_size": _REMOVED,
-    "mics_hierarchical_params_gather": _REMOVED,
-    "zeropp_loco_param": _REMOVED,
-    "offload_states": "use offload_param and offload_optimizer",
-}
-REFUSED_OFFLOAD = {
-    "ratio": "DeepSpeed would not apply the learning-rate schedule to the part that stays on the device",
-    "super_offload": "it needs CUDA superchips and steps outside the engine's order",
-}
+OFF_AT_ONE = {
+    "sequence_parallel_size", "zero_optimization.zero_hpz_partition_size", "zero_optimization.offload_optimizer.ratio"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,38 +168,35 @@ def resolve(recipe: Recipe, world: int, gpus: int, swap: Path) -> DSConfig:
     try:
         return _resolve(values, recipe, world, gpus, swap)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {one_line(str(error))}") from None
 
 
 def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap: Path) -> DSConfig:
-    _check_keys(values)
-    bf16 = _bf16(values.get("bf16", {}), gpus)
+    values = _checked(values)
     zero = values.get("zero_optimization", {})
-    _check_zero(zero)
+    if zero.get("stage") != 3:
+        raise UserError(f"zero_optimization.stage={zero.get('stage')}: only 3 is supported (experts, offload, saving)")
     block = values.get("m6", {})
     model = _with_capacity(recipe.model_shape(), block)
     parallel = _expert_parallel(values, model, world)
     micro, accumulation = _batch(values, recipe, world)
-    offload = {name: dict(zero.get(name) or {}) for name in ("offload_param", "offload_optimizer")}
-    tiers = {name: _tier(name, settings) for name, settings in offload.items()}
-    zero = zero | {name: settings for name, settings in offload.items() if tiers[name] != "none"}
+    tiers = {name: zero.get(name, {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}
+    _check_tools(tiers)
     _resolve_nvme(zero, tiers, model, parallel, world, swap)
     values = values | {
         "train_batch_size": recipe.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optimizer.clip,
-        "bf16": bf16,
-        "zero_optimization": zero,
+        "bf16": _bf16(values.get("bf16", {}), gpus),
         "optimizer": _optimizer(recipe, tiers["offload_optimizer"]),
         "steps_per_print": 2**31,
     }
-    recompute = block.get("recompute", False)
     return DSConfig(
         values,
         parallel,
         model,
-        recompute,
+        block.get("recompute", False),
         micro,
         accumulation,
         tiers["offload_param"],
@@ -144,57 +204,61 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
     )
 
 
-def _check_keys(values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if key in REFUSED:
-            raise UserError(f"{key}: {REFUSED[key]}")
-        _check_known(key, TOP_LEVEL, "")
-        if key in ("bf16", "zero_optimization", "expert_parallel", "m6", "aio", "data_types"):
-            _check_mapping(key, value)
-    for key in values.get("m6", {}):
-        _check_known(key, M6_BLOCK, "m6.")
-    if not isinstance(values.get("m6", {}).get("recompute", False), bool):
-        raise UserError("m6.recompute: must be true or false")
-    if values.get("bf16", {}).get("bf16_master_weights_and_grads"):
-        raise UserError("bf16.bf16_master_weights_and_grads: masters are fp32 (16-bit ones lose small updates)")
+def _checked(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A copy of the block without what says nothing (null, a refused key that is off). Raises UserError."""
+    kept = {}
+    for key, value in block.items():
+        name = f"{prefix}{key}"
+        if value is None or (name in REFUSED and _is_off(name, value)):
+            continue
+        if name in REFUSED:
+            raise UserError(f"{name}={shown(value)}: {REFUSED[name]}")
+        wanted = _kind(str(key), prefix)
+        kind = wanted.removesuffix(AUTO)
+        if not (kind != wanted if value == "auto" else FITS[kind](value)):
+            raise UserError(f"{name}={shown(value)}: must be {wanted}")
+        if f"{name}." in SETTINGS:
+            value = _checked(value, f"{name}.")
+        elif isinstance(value, float) and kind != NUMBER:
+            value = int(value)  # 1e6 is a whole number too, but not to DeepSpeed's compiled code
+        kept[key] = value
+    return kept
+
+
+def _kind(key: str, prefix: str) -> str:
+    known = SETTINGS[prefix]
+    if key not in known:
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+        raise UserError(f"{prefix}{key} is unknown or untried; {hint}")
+    return known[key]
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return value is False or value == {"enabled": False} or (name in OFF_AT_ONE and value is not True and value == 1)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= least and value % 1 == 0
 
 
 def _bf16(block: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     """`enabled: auto` is bf16 (with fp32 masters) where the hardware multiplies it, else plain fp32."""
     enabled = block.get("enabled", "auto")
-    if enabled not in (True, False, "auto"):
-        raise UserError(f"bf16.enabled={enabled!r}: must be true, false or auto")
     return {**block, "enabled": (gpus > 0 or multiplies_bf16()) if enabled == "auto" else enabled}
 
 
-def _check_zero(zero: Mapping[str, Any]) -> None:
-    if zero.get("stage") != 3:
-        raise UserError(f"zero_optimization.stage={zero.get('stage')}: only 3 is supported (experts, offload, saving)")
-    for key, reason in REFUSED_ZERO.items():
-        if key in zero and zero[key] not in (False, 1, None):
-            raise UserError(f"zero_optimization.{key}={zero[key]}: {reason}")
-
-
 def _with_capacity(model: ModelConfig, block: Mapping[str, Any]) -> ModelConfig:
-    if "capacity" in block and block["capacity"] not in get_args(Capacity):
-        raise UserError(f"m6.capacity={block['capacity']!r}: must be one of {', '.join(get_args(Capacity))}")
     try:
         return dataclasses.replace(model, **{key: block[key] for key in block.keys() & {"capacity", "capacity_factor"}})
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"m6.{error}") from None
 
 
 def _expert_parallel(values: Mapping[str, Any], model: ModelConfig, world: int) -> int:
     block = values.get("expert_parallel", {})
-    if block.get("enabled"):
-        raise UserError(
-            "expert_parallel.enabled=true: DeepSpeed would gather a whole layer's experts on every rank; "
-            "set it to false, the model shards its own (autoep_size counts)"
-        )
     parallel = block.get("autoep_size", 1)
     key = f"expert_parallel.autoep_size={parallel}"
-    if not isinstance(parallel, int) or parallel < 1:
-        raise UserError(f"{key}: must be a whole number from 1")
     if world % parallel:
         raise UserError(f"{key} does not divide the {world} rank(s) of this job; set ds.expert_parallel.autoep_size")
     if model.experts % parallel:
@@ -206,8 +270,8 @@ def _expert_parallel(values: Mapping[str, Any], model: ModelConfig, world: int) 
 
 def _batch(values: Mapping[str, Any], recipe: Recipe, world: int) -> tuple[int, int]:
     micro = values.get("train_micro_batch_size_per_gpu")
-    if not isinstance(micro, int) or micro < 1:
-        raise UserError(f"train_micro_batch_size_per_gpu={micro}: must be a whole number from 1")
+    if micro is None:
+        raise UserError("train_micro_batch_size_per_gpu is missing: set it to the rows of a rank's micro-batch")
     if recipe.global_batch % (micro * world):
         raise UserError(
             f"train_micro_batch_size_per_gpu={micro} times {world} rank(s) does not divide the recipe's "
@@ -225,14 +289,15 @@ def _batch(values: Mapping[str, Any], recipe: Recipe, world: int) -> tuple[int, 
     return micro, accumulation
 
 
-def _tier(name: str, settings: Mapping[str, Any]) -> str:
-    tier = settings.get("device", "none")
-    if tier not in TIERS:
-        raise UserError(f"zero_optimization.{name}.device={tier!r}: must be one of {', '.join(TIERS)}")
-    for key, reason in REFUSED_OFFLOAD.items():
-        if settings.get(key) not in (None, False, 1, 1.0):
-            raise UserError(f"zero_optimization.{name}.{key}={settings[key]}: {reason}")
-    return tier
+def _check_tools(tiers: Mapping[str, str]) -> None:
+    """DeepSpeed compiles its CPU optimizer and its asynchronous file access where they are used."""
+    key = "zero_optimization.{}.device={}"
+    for name, tier in tiers.items():
+        if tier == "nvme" and not has_libaio():
+            raise UserError(f"{key.format(name, tier)}: g++ or libaio's headers are missing: install them, or use cpu")
+    tier = tiers["offload_optimizer"]
+    if tier != "none" and not shutil.which("g++"):
+        raise UserError(f"{key.format('offload_optimizer', tier)}: g++ is missing: install it, or use none")
 
 
 def _optimizer(recipe: Recipe, tier: str) -> dict[str, Any]:
@@ -256,7 +321,7 @@ def _resolve_nvme(
         if tiers[name] != "nvme":
             continue
         needed += int(held * size)
-        if zero[name].get("nvme_path", "auto") == "auto":
+        if zero[name].setdefault("nvme_path", "auto") == "auto":
             zero[name]["nvme_path"] = str(swap)
         _check_folder(name, Path(zero[name]["nvme_path"]), needed)
     if tiers["offload_param"] == "nvme":
@@ -277,13 +342,19 @@ def _resolve_buffers(settings: dict[str, Any], model: ModelConfig, parallel: int
 def _check_folder(name: str, folder: Path, needed: int) -> None:
     key = f"zero_optimization.{name}.nvme_path={folder}"
     parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{key}: cannot be written to")
+    try:
+        while not parent.exists():
+            parent = parent.parent
+        # DeepSpeed reads and writes past the page cache, which not every file system allows.
+        with tempfile.NamedTemporaryFile(dir=parent) as probe:
+            os.close(os.open(probe.name, os.O_RDONLY | os.O_DIRECT))
+    except OSError as error:
+        raise UserError(f"{key}: cannot be used for swapping ({error.strerror}): give a folder on a disk") from None
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise UserError(f"{key}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed on this node")
+        raise UserError(
+            f"{key}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed on this node: free some, or give another"
+        )
 
 
 def largest_partition(model: ModelConfig, parallel: int, world: int) -> int:
@@ -291,7 +362,7 @@ def largest_partition(model: ModelConfig, parallel: int, world: int) -> int:
     inner = model.ffn * (2 if model.gated_experts else 1)
     replicated = max(
         model.vocab * model.hidden,
-        3 * model.hidden**2,
+        max(model.max_positions, model.image_patches, model.experts, 3 * model.hidden) * model.hidden,
         model.image_channels * model.hidden,
         0 if model.experts else model.hidden * inner,
     )
@@ -301,18 +372,6 @@ def largest_partition(model: ModelConfig, parallel: int, world: int) -> int:
 
 def _ranks_here(world: int) -> int:
     return min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-
-
-def _check_known(key: str, known: set[str], prefix: str) -> None:
-    if key not in known:
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-        raise UserError(f"{prefix}{key} is unknown; {hint}")
-
-
-def _check_mapping(key: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{key}={value!r}: must be a block of settings")
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Meter:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.tokens += result.tokens
-        flops = self.engine.config.model.training_flops(result.tokens, result.targets)
+        kept = int(result.routing[:, :, 1].sum()) if result.routing.shape[-1] else None
+        flops = self.engine.config.model.training_flops(result.tokens, result.targets, kept)
         self.window = result.routing if self.window is None else self.window + result.routing
         return {
             "position": position,

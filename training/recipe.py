@@ -5,6 +5,7 @@ Parallelism, precision and offload are not here but in the ds_config (`training/
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -119,7 +120,7 @@ class Recipe(Section):
         preset = fields.pop("preset", None)
         if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
             raise ValueError(f"model.preset={preset!r} is unknown{_nearest(str(preset), PRESETS)}")
-        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        known = [field.name for field in dataclasses.fields(ModelConfig)]
         for name in fields:
             if name in DS_CONFIG_KEYS:
                 raise ValueError(f"model.{name}: capacity is set in the ds_config (ds.m6.{name}=…)")
@@ -142,12 +143,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    values = copy.deepcopy(values)
     for override in overrides:
         _apply(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_first_problem(error)}") from None
+        raise UserError(f"{source}: {one_line(_first_problem(error))}") from None
 
 
 class _Yaml(yaml.SafeLoader):
@@ -188,7 +190,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, *_UNREADABLE) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(str(error))})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold key: value lines")
     return values
@@ -224,7 +226,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing"
     reason = problem["msg"].removeprefix("Value error, ")
-    return f"{key}={_shown(problem['input'])}: {reason}" if key else reason
+    return f"{key}={shown(problem['input'])}: {reason}" if key else reason
 
 
 def _shape_problem(error: ValidationError) -> str:
@@ -232,10 +234,15 @@ def _shape_problem(error: ValidationError) -> str:
     reason = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"model.{problem['loc'][0]} is missing; name a preset or give every size"
-    return f"model.{problem['loc'][0]}={_shown(problem['input'])}: {reason}" if problem["loc"] else f"model.{reason}"
+    return f"model.{problem['loc'][0]}={shown(problem['input'])}: {reason}" if problem["loc"] else f"model.{reason}"
 
 
-def _shown(value: Any) -> str:
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
     return textwrap.shorten(repr(value), 80, placeholder="…")
 
 

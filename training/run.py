@@ -14,9 +14,10 @@ from training.errors import UserError
 from training.recipe import Recipe, parse_recipe, read_mapping
 
 FOLDER = Path("runs")
-RECIPE, DS_CONFIG, CHECKPOINTS = "recipe.yaml", "ds_config.json", "checkpoints"
+RECIPE, DS_CONFIG, CHECKPOINTS, SWAP = "recipe.yaml", "ds_config.json", "checkpoints", "swap"
 
-# What a resumed run may do otherwise: none of it changes what a step computes, but `steps`, which lengthens it.
+# What a resumed run may do otherwise: go on longer, elsewhere, watched differently. The ds_config may change too, and
+# with it the micro-batches and the capacity, on which dropping depends.
 CHANGEABLE = {"steps", "ds_config", "ds", "data", "evaluation", "tracking", "save_every", "keep"}
 
 

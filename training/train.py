@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -30,7 +32,7 @@ from training.evaluate import Validation
 from training.meter import Meter, host_bytes
 from training.peak import matmul_flops
 from training.recipe import Recipe, load_recipe
-from training.run import CHECKPOINTS, open_run, record_settings
+from training.run import CHECKPOINTS, SWAP, open_run, record_settings
 from training.schedule import learning_rate
 from training.tracking import Tracker
 
@@ -42,7 +44,7 @@ class Training:
         self.recipe = recipe
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.folder = open_run(name, recipe, resume)
-        self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / "swap")
+        self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / SWAP)
         self.corpus = Corpus.open(recipe.data)
         collate = Collator(self.corpus, self.config.model)
         order = GlobalOrder(
@@ -51,7 +53,7 @@ class Training:
         )  # fmt: skip
         self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
         self.validation = Validation(self.corpus, recipe, collate)
-        found = checkpoint.read_manifest(self.folder / CHECKPOINTS) if resume else None
+        found = checkpoint.newest(self.folder / CHECKPOINTS) if resume else None
         dist.barrier()  # every rank has checked before one of them writes
         if self.rank == 0:
             record_settings(self.folder, recipe, self.config)
@@ -92,6 +94,11 @@ class Training:
         counters = self.meter.counters()
         if self.tracker:
             self.tracker.close({"steps": self.step, **counters})
+
+    def close(self) -> None:
+        self.engine.close()
+        if self.rank == 0:
+            shutil.rmtree(self.folder / SWAP, ignore_errors=True)
 
     def evaluate(self) -> None:
         losses = self.validation.losses(self.engine)
@@ -155,10 +162,11 @@ def main() -> None:
     try:
         overrides = arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
         recipe = load_recipe(arguments.recipe, overrides)
-        deepspeed.init_distributed()
+        with _quiet():
+            deepspeed.init_distributed()
         training = Training(recipe, arguments.name, arguments.resume)
         training.run()
-        training.engine.close()
+        training.close()
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"m6: {error}", file=sys.stderr, flush=True)
@@ -166,6 +174,12 @@ def main() -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """DeepSpeed prints a line a rank about its operators: only for those who ask."""
+    wanted = bool(os.environ.get("M6_DEBUG"))
+    return contextlib.nullcontext() if wanted else contextlib.redirect_stdout(io.StringIO())
 
 
 def _arguments() -> argparse.Namespace:

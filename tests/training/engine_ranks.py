@@ -14,7 +14,7 @@ RECIPE: dict[str, Any] = {
     "text_positions": 64,
     "tasks": {"caption": 2, "image_denoise": 1, "denoise": 1, "language": 1, "poem": 1, "review": 1},
     # Clips at every step, and moves the weights far within 20.
-    "optimizer": {"lr": 3e-3, "clip": 0.3},
+    "optimizer": {"lr": 1e-3, "clip": 0.3},
     "schedule": {"warmup": 5},
 }
 # Every offloaded tensor, however small, goes through the disk.

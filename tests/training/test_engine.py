@@ -60,8 +60,10 @@ def test_expert_parallelism_changes_nothing_but_rounding(trained: Any) -> None:
     assert agree(trained(2, ranks.CPU, 2), trained(2, ranks.CPU, 1))
 
 
-def test_the_number_of_ranks_changes_nothing_but_rounding(trained: Any) -> None:
-    assert agree(trained(2, ranks.CPU, 2), trained(1, ranks.CPU, 1))
+@pytest.mark.parametrize(("world", "parallel"), [(1, 1), (4, 2)])
+def test_the_number_of_ranks_changes_nothing_but_rounding(trained: Any, world: int, parallel: int) -> None:
+    # 4 ranks in pairs: each expert lives on two ranks, which share its gradient and its optimizer state.
+    assert agree(trained(2, ranks.CPU, 2), trained(world, ranks.CPU, parallel))
 
 
 def test_the_same_recipe_twice_gives_equal_bits(trained: Any) -> None:

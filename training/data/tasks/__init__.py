@@ -1,4 +1,4 @@
-"""The tasks of pre-training by their names in the recipe. A new task is a new file and a line here."""
+"""The tasks of pre-training by their names in the recipe (`training.recipe.TASK_NAMES`): a file and a line each."""
 
 from training.data.tasks.base import Row, Task, View
 from training.data.tasks.caption import Caption

@@ -1,0 +1,186 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.data.order import random_at
+from training.data.tasks import TASKS, View
+from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS, Caption, full_text
+from training.data.tasks.denoise import MASKED_SHARE, mask_spans, window
+from training.data.tasks.writing import poem_prompt, review_prompt
+
+LAW = settings(deadline=None, derandomize=True)
+MASK = -1
+SPLITS = ("train", "validation")
+
+
+@pytest.fixture(scope="module")
+def tasks(sample_corpus):
+    return {(name, split): task(sample_corpus, split) for name, task in TASKS.items() for split in SPLITS}
+
+
+def spans(masked, tokens):
+    """The masked stretches [(start, stop)] of `tokens`, which must be all different."""
+    where = {token: place for place, token in enumerate(tokens)}
+    kept = [-1, *(where[token] for token in masked if token != MASK), len(tokens)]
+    return [(before + 1, after) for before, after in pairwise(kept) if after > before + 1]
+
+
+@LAW
+@given(st.integers(1, 400), st.integers(0, 2**32), st.sampled_from([MASKED_SHARE, 2 * MASKED_SHARE]))
+def test_spans_are_masked(length, seed, share):
+    tokens = list(range(length))
+    masked = mask_spans(tokens, MASK, random_at(seed, 0), share)
+    found = spans(masked, tokens)
+    # The rounded share, in spans with one mask each: since none touch, as many masks as stretches are missing.
+    assert sum(stop - start for start, stop in found) == max(1, round(share * length))
+    assert masked.count(MASK) == len(found)
+    assert all(one != MASK or other != MASK for one, other in pairwise(masked))
+    restored = []
+    stretches = iter(found)
+    for token in masked:
+        restored += range(*next(stretches)) if token == MASK else [token]
+    assert restored == tokens
+
+
+def test_spans_stand_anywhere_and_are_about_three_long():
+    tokens, starts, lengths = list(range(100)), [], []
+    for seed in range(2000):
+        found = spans(mask_spans(tokens, MASK, random_at(seed, 0)), tokens)
+        starts += [start for start, _ in found]
+        lengths += [stop - start for start, stop in found]
+    assert {start // 10 for start in starts} == set(range(10))
+    counts = np.bincount(np.array(starts) // 10)
+    assert counts.max() < 1.5 * counts.min()
+    assert 2.5 < np.mean(lengths) < 3.2  # a Poisson of mean 3, the last one of each text cut short
+
+
+def test_a_text_of_one_token_is_a_mask():
+    assert mask_spans([7], MASK, random_at(0, 0)) == [MASK]
+
+
+@LAW
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(0, 99))
+def test_a_window_is_a_stretch(length, size, seed):
+    tokens = list(range(length))
+    found = window(tokens, size, random_at(seed, 0))
+    assert len(found) == min(length, size)
+    assert not found or found == tokens[found[0] : found[0] + len(found)]
+
+
+def test_windows_reach_both_ends():
+    starts = {window(list(range(10)), 8, random_at(seed, 0))[0] for seed in range(50)}
+    assert starts == {0, 1, 2}
+
+
+@LAW
+@given(source=st.integers(0, 40), target=st.integers(0, 40), limit=st.integers(2, 60))
+def test_fit_cuts_to_the_limit(tasks, source, target, limit):
+    task = tasks["poem", "train"]
+    end = task.tokenizer.eos_id
+    asked, said = list(range(100, 100 + source)), list(range(200, 200 + target))
+    row = task.fit(asked, said, limit)
+    assert len(row.source) + len(row.target) <= limit and row.target
+    assert row.source == asked[: len(row.source)] and [*said, end][: len(row.target)] == row.target
+    assert (row.target[-1] == end) == (len(row.target) == target + 1)
+    if source + target + 1 <= limit:
+        assert row.source == asked and row.target == [*said, end]
+    else:
+        assert len(row.source) + len(row.target) == limit
+        assert len(row.source) == source or len(row.source) >= limit // 2
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_are_pure_and_of_their_split(tasks, sample_corpus, name, split):
+    task = tasks[name, split]
+    assert len(task.pool)
+    for position, item in enumerate(task.pool[:40].tolist()):
+        held = sample_corpus.picture(item) if name in ("caption", "image_denoise") else sample_corpus.text(item)
+        assert held.split == split
+        limit = task.limit(96)
+        row = task.row(item, limit, random_at(1, position))
+        assert row == task.row(item, limit, random_at(1, position))
+        assert row.target and len(row.source) + len(row.target) <= limit
+        if row.picture is not None:
+            assert row.picture.row == item
+
+
+def test_views_are_the_plain_one_outside_training(tasks):
+    for name in ("caption", "image_denoise"):
+        seen = {
+            split: {tasks[name, split].row(0, 48, random_at(1, position)).picture for position in range(60)}
+            for split in SPLITS
+        }
+        assert seen == {"train": {View(0, k) for k in range(4)}, "validation": {View(0, 0)}}
+
+
+def test_captions_ask_for_what_they_answer(tasks, sample_corpus):
+    task = tasks["caption", "train"]
+    item = int(task.pool[0])
+    picture = sample_corpus.picture(item)
+    answers = {ASK_NAME: picture.zh, ASK_TAGS: " ".join(picture.tags), ASK_ENGLISH: picture.en}
+    asked = {question: 0 for question in answers}
+    for position in range(600):
+        row = task.row(item, 48, random_at(1, position))
+        question = task.tokenizer.decode(row.source)
+        assert task.tokenizer.decode(row.target) == answers[question] and row.target[-1] == task.tokenizer.eos_id
+        asked[question] += 1
+    assert asked[ASK_NAME] == pytest.approx(300, abs=60)
+    assert asked[ASK_TAGS] == pytest.approx(150, abs=50) and asked[ASK_ENGLISH] == pytest.approx(150, abs=50)
+
+
+def test_captions_ask_for_nothing_that_is_missing(sample_corpus):
+    picture = sample_corpus.picture(0)
+    for without, never in (({"en": ""}, ASK_ENGLISH), ({"tags": []}, ASK_TAGS)):
+        bare = replace(picture, **without)
+        assert never not in {Caption.question(bare, random_at(1, position))[0] for position in range(100)}
+    nothing = replace(picture, en="", tags=[])
+    assert {Caption.question(nothing, random_at(1, position)) for position in range(50)} == {(ASK_NAME, picture.zh)}
+    assert full_text(nothing) == picture.zh
+
+
+@pytest.mark.parametrize("name", ["denoise", "image_denoise"])
+def test_denoising_restores_the_text(tasks, sample_corpus, name):
+    task = tasks[name, "train"]
+    share = MASKED_SHARE if name == "denoise" else 2 * MASKED_SHARE
+    for position, item in enumerate(task.pool[:50].tolist()):
+        row = task.row(item, 200, random_at(1, position))
+        text = sample_corpus.text(item).text if name == "denoise" else full_text(sample_corpus.picture(item))
+        assert task.tokenizer.decode(row.target) == text
+        masks = row.source.count(task.tokenizer.mask_id)
+        hidden = len(row.target) - 1 - (len(row.source) - masks)
+        assert hidden == max(1, round(share * (len(row.target) - 1))) and 1 <= masks <= hidden
+        assert (row.picture is None) == (name == "denoise")
+
+
+@pytest.mark.parametrize("name", ["denoise", "image_denoise"])
+@pytest.mark.parametrize("limit", [8, 9, 15])
+def test_denoising_a_window_keeps_the_whole_target(tasks, name, limit):
+    task = tasks[name, "train"]
+    for position, item in enumerate(task.pool[:20].tolist()):
+        row = task.row(item, limit, random_at(1, position))
+        assert row.target[-1] == task.tokenizer.eos_id and len(row.target) == (limit - 1) // 2 + 1
+
+
+def test_language_has_no_source(tasks, sample_corpus):
+    task = tasks["language", "train"]
+    item = int(task.pool[0])
+    row = task.row(item, 96, random_at(1, 0))
+    assert row.source == [] and task.tokenizer.decode(row.target) == sample_corpus.text(item).text
+    short = task.row(item, 8, random_at(1, 0))
+    assert len(short.target) == 8 and task.tokenizer.eos_id not in short.target
+
+
+@pytest.mark.parametrize(("name", "prompt"), [("poem", poem_prompt), ("review", review_prompt)])
+def test_writing_is_asked_for(tasks, sample_corpus, name, prompt):
+    task = tasks[name, "train"]
+    for item in task.pool[:20].tolist():
+        text = sample_corpus.text(item)
+        row = task.row(item, 200, random_at(1, 0))
+        assert task.tokenizer.decode(row.source) == prompt(text) and task.tokenizer.decode(row.target) == text.text
+    wanted = (text.form, text.title, text.author) if name == "poem" else (text.polarity, text.topic)
+    assert all(part in prompt(text) for part in wanted)

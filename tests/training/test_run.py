@@ -1,0 +1,108 @@
+import json
+
+import pytest
+
+from training import run
+from training.errors import UserError
+from training.recipe import parse_recipe
+from training.run import open_run, read_settings, record_settings
+
+RECIPE = {"model": "m6-tiny", "steps": 10, "global_batch": 32, "tasks": {"caption": 1, "poem": 2}}
+
+
+def recipe(*overrides):
+    return parse_recipe(dict(RECIPE), list(overrides), "r.yaml")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def started(root, tmp_path):
+    """A run of RECIPE, as training writes it."""
+    from training.ds_config import resolve
+
+    folder = open_run("first", recipe(), resume=False, root=root)
+    record_settings(folder, recipe(), resolve(recipe(), 2, 0, tmp_path))
+    return folder
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_run_writes_nothing_until_it_is_recorded(root):
+    assert open_run("new", recipe(), resume=False, root=root) == root / "new"
+    assert not root.exists()
+
+
+def test_settings_come_back(started):
+    again, ds = read_settings(started)
+    assert again == recipe()
+    assert ds["zero_optimization"]["stage"] == 3 and ds == json.loads((started / run.DS_CONFIG).read_text())
+
+
+def test_a_second_run_on_a_name_is_refused_and_changes_nothing(started, root):
+    before = contents(root)
+    with pytest.raises(UserError, match=r"first exists: choose another --name, or --resume"):
+        open_run("first", recipe(), resume=False, root=root)
+    assert contents(root) == before
+
+
+def test_resume_needs_a_run(root):
+    with pytest.raises(UserError, match="none: no such run to resume"):
+        open_run("none", recipe(), resume=True, root=root)
+    (root / "other").mkdir(parents=True)
+    with pytest.raises(UserError, match="no run there"):
+        open_run("other", recipe(), resume=True, root=root)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps=20", "ds_config=other.json", "ds.m6.recompute=true", "data=elsewhere", "evaluation.every=7",
+     "tracking.wandb=disabled", "save_every=3", "keep=5"],
+)  # fmt: skip
+def test_what_a_resumed_run_may_change(started, root, override):
+    assert open_run("first", recipe(override), resume=True, root=root) == started
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model=m6-small", "model.layers=2", "seed=2", "global_batch=64", "text_positions=64", "tasks.poem=1",
+     "tasks.review=1", "optimizer.lr=1e-4", "schedule.warmup=3"],
+)  # fmt: skip
+def test_what_a_resumed_run_may_not_change(started, root, override):
+    before = contents(root)
+    with pytest.raises(UserError) as error:
+        open_run("first", recipe(override), resume=True, root=root)
+    assert str(error.value).startswith(f"{override.split('=')[0].split('.')[0]}: ")
+    assert "\n" not in str(error.value) and contents(root) == before
+
+
+def test_the_same_tasks_in_another_order_are_the_same_run(started, root):
+    other = parse_recipe({**RECIPE, "tasks": {"poem": 2, "caption": 1}}, [], "r.yaml")
+    assert open_run("first", other, resume=True, root=root) == started
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "/tmp/x", "a/b", "a\\b", ".hidden", "-x", "a b", "a\n", "a\0b", "x" * 61, "名" * 61],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_names_that_are_no_plain_folder(root, name, resume):
+    with pytest.raises(UserError, match=r"--name .*: must be a plain folder name"):
+        open_run(name, recipe(), resume=resume, root=root)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("name", ["run", "v1.2_b-3", "lr=1e-3", "第一次", "x" * 60])
+def test_plain_names(root, name):
+    assert open_run(name, recipe(), resume=False, root=root) == root / name
+
+
+def test_a_damaged_recipe_is_named(started, root):
+    (started / run.RECIPE).write_bytes(b"model: [")
+    with pytest.raises(UserError, match=r"recipe.yaml: cannot be read"):
+        open_run("first", recipe(), resume=True, root=root)

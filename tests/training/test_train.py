@@ -1,0 +1,107 @@
+"""The training program as a person starts it: through `m6 train`, on real ranks, with real files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from training.data.corpus import Corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(300)
+
+SMALL = [
+    "model.layers=2", "model.hidden=64", "model.ffn=128", "model.experts=8", "model.text_vocab=540",
+    "global_batch=16", "ds.train_micro_batch_size_per_gpu=4", "text_positions=64", "steps=6", "save_every=3",
+    "evaluation.every=3", "evaluation.rows=8", "evaluation.samples=2", "schedule.warmup=2", "tracking.log_every=1",
+]  # fmt: skip
+
+
+def m6(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", "from launch.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+def train(corpus: Corpus, cwd: Path, *arguments: str, name: str = "run") -> subprocess.CompletedProcess[str]:
+    recipe = str(ROOT / "launch" / "recipes" / "quickstart.yaml")
+    data = str(corpus.folder.parent)
+    return m6("train", "--recipe", recipe, "--name", name, "--data", data, *SMALL, *arguments, cwd=cwd)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(run) if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def finished(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one whole run in it, tracked in wandb offline."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = train(sample_corpus, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
+    run = finished / "runs" / "run"
+    assert {"recipe.yaml", "ds_config.json", "metrics.jsonl", "checkpoints", "wandb"} <= {p.name for p in run.iterdir()}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"latest", "step-3", "step-6"}
+    assert not (run / "swap").exists()
+    promised = {
+        "step", "position", "tokens", "loss", "loss/caption", "lr", "grad_norm", "step_seconds", "tokens_per_second",
+        "flops_utilization", "moe/load_cv", "moe/drop_rate", "moe/drop_rate/image", "memory/device_bytes",
+        "memory/host_bytes", "energy/joules_per_token", "energy/source",
+    }  # fmt: skip
+    steps = [line for line in lines(run) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(promised <= line.keys() for line in steps)
+    assert steps[-1]["position"] == 6 * 16
+    evaluations = [line for line in lines(run) if "loss/validation/caption" in line]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["model"]["preset"] == "m6-tiny"
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(sample_corpus: Corpus, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    run = tmp_path / "runs" / "run"
+    (run / "checkpoints" / "latest").write_text("step-3")
+    resumed = train(sample_corpus, tmp_path, "--resume", "tracking.wandb=disabled")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(run) == losses(finished / "runs" / "run")
+    assert (
+        json.loads((run / "run.json").read_text())["wandb"]
+        == json.loads((finished / "runs" / "run" / "run.json").read_text())["wandb"]
+    )
+
+
+def test_the_report_is_one_file_with_the_run_in_it(finished: Path) -> None:
+    done = m6("report", "run", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    page = (finished / "runs" / "run" / "report" / "index.html").read_text()
+    assert "caption" in page and "<script" not in page
+    assert "report/index.html" in done.stdout
+
+
+def test_a_second_run_of_the_name_is_refused_and_nothing_is_lost(sample_corpus: Corpus, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*")}
+    again = train(sample_corpus, finished)
+    assert again.returncode == 2
+    assert again.stderr.splitlines() == ["m6: runs/run exists: choose another --name, or --resume to go on with it"]
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*")}
+
+
+def test_another_corpus_is_refused_on_resume(sample_corpus: Corpus, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    manifest = next((tmp_path / "runs/run/checkpoints").glob("step-6")) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"data": "another"}))
+    refused = train(sample_corpus, tmp_path, "--resume", "steps=7", "tracking.wandb=disabled")
+    assert refused.returncode == 2
+    assert "was trained on another data" in refused.stderr
