@@ -68,7 +68,7 @@ def hardware() -> list[Finding]:
             ", ".join(sorted(flags & {"amx_bf16", "amx_tile", "avx512_bf16"})) or "none",
             advice="" if "amx_bf16" in flags or "avx512_bf16" in flags else "bf16 on this CPU will be slow",
         ),
-        _enough("memory", memory, ENOUGH_MEMORY, "choose m6-tiny and one rank"),
+        _enough("memory", memory, ENOUGH_MEMORY, "choose m6-tiny and --ranks 1"),
         _enough("free disk", disk, ENOUGH_DISK, "make room for the corpus and the checkpoints"),
         _enough("shared memory", shared, ENOUGH_SHARED_MEMORY, "in a container: docker run --shm-size=1g"),
     ]

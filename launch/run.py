@@ -157,7 +157,7 @@ def supervise(command: list[str], environment: Mapping[str, str]) -> int:
     """Run the launcher to its end and return its exit code, or 128 + the number of a signal that stopped us.
 
     The launcher has a session of its own: a terminal's Ctrl-C would otherwise hit launcher and ranks at once.
-    A first signal asks the ranks to end (SIGTERM, which they may use to save), a second one kills them.
+    A first signal asks the ranks to end (SIGTERM), a second one kills them.
     """
     process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
     received: list[int] = []

@@ -6,6 +6,7 @@ Imports no torch, so that planning and recipe checks start in an instant.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -52,6 +53,9 @@ class ModelConfig:
         for name in ("experts", "image_codes", "image_patches", "image_channels"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        for name in ("balance_loss", "z_loss", "init_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number from 0")
         for name, allowed in (("routing", Routing), ("capacity", Capacity), ("image_input", ImageInput)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(get_args(allowed))}")
@@ -61,8 +65,8 @@ class ModelConfig:
             raise ValueError(f"k={self.k} is more than experts={self.experts}")
         if self.experts and self.routing == "prototype" and self.experts % self.k:
             raise ValueError(f"experts={self.experts} is not divisible into k={self.k} prototypes")
-        if not self.capacity_factor > 0:
-            raise ValueError(f"capacity_factor={self.capacity_factor}: must be positive")
+        if not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor={self.capacity_factor}: must be a positive number")
 
     @property
     def vocab(self) -> int:

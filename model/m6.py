@@ -82,7 +82,8 @@ class Layer(nn.Module):
         x_BND = x_BND + self.attention(self.attention_norm(x_BND), mask_B1NN)
         normed_BND = self.feed_forward_norm(x_BND)
         if not self.sparse:
-            return x_BND + self.feed_forward(normed_BND), x_BND.new_zeros(()), x_BND.new_zeros(2, 2, 0)
+            no_counts = valid_BN.new_zeros(2, 2, 0, dtype=torch.int64)
+            return x_BND + self.feed_forward(normed_BND), x_BND.new_zeros(()), no_counts
         y_ND, auxiliary, counts = self.moe(normed_BND.flatten(0, 1), valid_BN.reshape(-1), image_BN.reshape(-1))
         return x_BND + y_ND.view_as(x_BND), auxiliary, counts
 
@@ -109,7 +110,7 @@ class M6(nn.Module):
         """The trunk: hidden states [B, N, D], auxiliary loss, routing counts [L, M, 2, E], valid [B, N].
 
         tokens_BT: text ids, source then target, padded; source_B: source positions of each row; length_B: text
-        positions of each row; image_BPC: patch features, of any value where has_image_B is False.
+        positions of each row; image_BPC: patch features, of any finite value where has_image_B is False.
         """
         place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         source_BT = place_T < source_B[:, None]
@@ -163,8 +164,8 @@ class M6(nn.Module):
         labels_BT = batch["labels_BT"]
         chosen_BT = labels_BT != IGNORE
         loss_S = self._cross_entropy(x_BTD[chosen_BT], labels_BT[chosen_BT])
-        row_S = torch.nonzero(chosen_BT)[:, 0]
-        loss_B = loss_S.new_zeros(len(labels_BT)).index_add(0, row_S, loss_S)
+        # Not index_add, whose order of additions is not fixed on GPUs.
+        loss_B = loss_S.new_zeros(chosen_BT.shape).masked_scatter(chosen_BT, loss_S).sum(1)
         return {
             "loss_B": loss_B,
             "targets_B": chosen_BT.sum(1),

@@ -26,8 +26,7 @@ from training.recipe import Recipe, one_line, read_mapping, shown
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 TIERS = ("none", "cpu", "nvme")
 
-# Bytes of one parameter's states on NVMe: fp32 master, two Adam moments and the gradient; 16-bit working copy.
-NVME_OPTIMIZER_BYTES, NVME_PARAMETER_BYTES = 16, 2
+NVME_OPTIMIZER_BYTES = 16  # a parameter's fp32 master, two Adam moments and gradient
 
 # What a setting may hold, in the words of the message that refuses anything else.
 FLAG, COUNT, SIZE, BUFFERS = "true or false", "a whole number from 0", "a whole number from 1", "a whole number from 4"
@@ -71,7 +70,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "zero_optimization.offload_optimizer.": {
         "device": TIER, "nvme_path": TEXT + AUTO, "buffer_count": BUFFERS, "pin_memory": FLAG, "fast_init": FLAG,
     },
-    "expert_parallel.": {"enabled": FLAG, "autoep_size": SIZE},
+    "expert_parallel.": {"enabled": FLAG, "autoep_size": SIZE + AUTO},
     "data_types.": {"grad_accum_dtype": DTYPE},
     "aio.": {
         "block_size": SIZE, "queue_depth": SIZE, "intra_op_parallelism": SIZE, "single_submit": FLAG,
@@ -181,14 +180,18 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
     parallel = _expert_parallel(values, model, world)
     micro, accumulation = _batch(values, recipe, world)
     tiers = {name: zero.get(name, {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}
-    _check_tools(tiers)
-    _resolve_nvme(zero, tiers, model, parallel, world, swap)
+    bf16 = _bf16(values.get("bf16", {}), gpus)
+    _check_tools(tiers, gpus)
+    _resolve_nvme(zero, tiers, model, parallel, world, swap, parameter_bytes=2 if bf16["enabled"] else 4)
     values = values | {
         "train_batch_size": recipe.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optimizer.clip,
-        "bf16": _bf16(values.get("bf16", {}), gpus),
+        "bf16": bf16,
+        "expert_parallel": {"enabled": False, "autoep_size": parallel},
+        # DeepSpeed would else accumulate in the type of the weights.
+        "data_types": {"grad_accum_dtype": "fp32"} | values.get("data_types", {}),
         "optimizer": _optimizer(recipe, tiers["offload_optimizer"]),
         "steps_per_print": 2**31,
     }
@@ -257,7 +260,9 @@ def _with_capacity(model: ModelConfig, block: Mapping[str, Any]) -> ModelConfig:
 
 def _expert_parallel(values: Mapping[str, Any], model: ModelConfig, world: int) -> int:
     block = values.get("expert_parallel", {})
-    parallel = block.get("autoep_size", 1)
+    parallel = block.get("autoep_size", "auto")
+    if parallel == "auto":  # the fewest copies of each expert
+        return math.gcd(world, model.experts) if model.experts else 1
     key = f"expert_parallel.autoep_size={parallel}"
     if world % parallel:
         raise UserError(f"{key} does not divide the {world} rank(s) of this job; set ds.expert_parallel.autoep_size")
@@ -289,7 +294,7 @@ def _batch(values: Mapping[str, Any], recipe: Recipe, world: int) -> tuple[int, 
     return micro, accumulation
 
 
-def _check_tools(tiers: Mapping[str, str]) -> None:
+def _check_tools(tiers: Mapping[str, str], gpus: int) -> None:
     """DeepSpeed compiles its CPU optimizer and its asynchronous file access where they are used."""
     key = "zero_optimization.{}.device={}"
     for name, tier in tiers.items():
@@ -298,6 +303,8 @@ def _check_tools(tiers: Mapping[str, str]) -> None:
     tier = tiers["offload_optimizer"]
     if tier != "none" and not shutil.which("g++"):
         raise UserError(f"{key.format('offload_optimizer', tier)}: g++ is missing: install it, or use none")
+    if tier != "none" and gpus and not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")):
+        raise UserError(f"{key.format('offload_optimizer', tier)}: nvcc is missing: set CUDA_HOME, or use none")
 
 
 def _optimizer(recipe: Recipe, tier: str) -> dict[str, Any]:
@@ -312,12 +319,18 @@ def _optimizer(recipe: Recipe, tier: str) -> dict[str, Any]:
 
 
 def _resolve_nvme(
-    zero: dict[str, Any], tiers: Mapping[str, str], model: ModelConfig, parallel: int, world: int, swap: Path
+    zero: dict[str, Any],
+    tiers: Mapping[str, str],
+    model: ModelConfig,
+    parallel: int,
+    world: int,
+    swap: Path,
+    parameter_bytes: int,
 ) -> None:
     """Fill in `auto` paths and buffers, and refuse what cannot hold the job."""
     needed = 0
     held = model.parameter_counts().total / world * _ranks_here(world)
-    for name, size in (("offload_param", NVME_PARAMETER_BYTES), ("offload_optimizer", NVME_OPTIMIZER_BYTES)):
+    for name, size in (("offload_param", parameter_bytes), ("offload_optimizer", NVME_OPTIMIZER_BYTES)):
         if tiers[name] != "nvme":
             continue
         needed += int(held * size)

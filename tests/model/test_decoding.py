@@ -55,14 +55,13 @@ def test_rows_of_different_lengths_decode_as_if_alone(config: ModelConfig):
 
 
 def scripted(script: dict[int, list[int]], calls: list[dict[str, Tensor]]):
-    """A model that says each row's script, wherever the row's text begins."""
+    """A model that says each row's script, a word a call, also to a row that came to its end."""
 
     def next_logits(batch: dict[str, Tensor]) -> Tensor:
         calls.append({key: value.clone() for key, value in batch.items()})
         logits_BV = torch.zeros(len(script), 10)
         for row, words in script.items():
-            done = int(batch["length_B"][row]) - int(calls[0]["length_B"][row])
-            logits_BV[row, words[done] if done < len(words) else END] = 1.0
+            logits_BV[row, words[len(calls) - 1]] = 1.0
             logits_BV[row, 9] = 5.0  # an image code: likelier than all text, and not to be said
         return logits_BV
 
@@ -77,7 +76,7 @@ def test_each_row_stops_at_its_end_or_its_room_and_all_calls_are_made():
     }
     before = {key: value.clone() for key, value in batch.items()}
     calls: list[dict[str, Tensor]] = []
-    said = greedy(scripted({0: [4, END, 5], 1: [1, 3, 4, 5, 6], 2: [END]}, calls), batch, 4, 9, END)
+    said = greedy(scripted({0: [4, END, 5, 6], 1: [1, 3, 4, 5], 2: [END, 3, END, 3]}, calls), batch, 4, 9, END)
     assert said == [[4], [1, 3, 4, 5], []]
     assert len(calls) == 4
     assert calls[-1]["tokens_BT"].tolist() == [[7, 7, 7, 4, 0, 0, 0], [7, 1, 3, 4, 0, 0, 0], [7, 7, 0, 0, 0, 0, 0]]
