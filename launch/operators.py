@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.build_locks import clear_stale_locks, extension_root
 from training.errors import UserError
 from training.machine import gpus_listed, has_libaio
 
@@ -54,12 +55,11 @@ def needed_operators() -> list[Operator]:
 
 def build_root() -> Path:
     """The folder that torch.utils.cpp_extension builds in."""
-    if chosen := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(chosen)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return extension_root()
     cuda = torch_version().get("cuda")
     flavour = f"cu{cuda.replace('.', '')}" if cuda else "cpu"
-    return cache / "torch_extensions" / f"py{sys.version_info[0]}{sys.version_info[1]}_{flavour}"
+    return extension_root() / f"py{sys.version_info[0]}{sys.version_info[1]}_{flavour}"
 
 
 def is_built(operator: Operator) -> bool:
@@ -97,6 +97,7 @@ def main() -> None:
     if on_gpu() and not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")):
         print("setup: nvcc is missing, so offload is off: install torch's CUDA toolkit, or set CUDA_HOME")
         return
+    clear_stale_locks()
     for operator in needed_operators():
         if is_built(operator):
             continue

@@ -66,7 +66,7 @@ class ModelConfig:
         if self.experts and self.routing == "prototype" and self.experts % self.k:
             raise ValueError(f"experts={self.experts} is not divisible into k={self.k} prototypes")
         if not 0 < self.capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor={self.capacity_factor}: must be a positive number")
+            raise ValueError(f"capacity_factor={self.capacity_factor}: must be positive")
 
     @property
     def vocab(self) -> int:

@@ -3,7 +3,13 @@
 import pytest
 
 from tests.data_sample import build_sample
+from training.build_locks import clear_stale_locks
 from training.data.corpus import Corpus
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_stale_locks() -> None:
+    clear_stale_locks()
 
 
 @pytest.fixture(scope="session")

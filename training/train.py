@@ -22,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from training import checkpoint, ds_config
+from training.build_locks import clear_stale_locks
 from training.data.batches import Collator, StepBatches
 from training.data.corpus import Corpus
 from training.data.order import GlobalOrder
@@ -162,6 +163,8 @@ def main() -> None:
     try:
         overrides = arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
         recipe = load_recipe(arguments.recipe, overrides)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            clear_stale_locks()  # before the others can load anything: they wait for the group
         with _quiet():
             deepspeed.init_distributed()
         training = Training(recipe, arguments.name, arguments.resume)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from training.recipe import Recipe
 from training.tracking import Sample, Tracker
 
-TASKS = {"caption": 2.0, "denoise": 1.0, "masked": 1.0, "poem": 1.0, "review": 1.0}
+TASKS = {"caption": 2.0, "denoise": 1.0, "image_denoise": 1.0, "poem": 1.0, "review": 1.0}
 FACTS = {
     "model": "m6-tiny",
     "parameters/total": 45_600_123,

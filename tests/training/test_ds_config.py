@@ -128,9 +128,8 @@ def test_unknown_keys_come_with_a_suggestion(key, said):
         ("train_micro_batch_size_per_gpu", "auto", "a whole number from 1"),
         ("train_micro_batch_size_per_gpu", "0", "a whole number from 1"),
         ("train_micro_batch_size_per_gpu", "1.5", "a whole number from 1"),
-        ("expert_parallel.autoep_size", "true", "a whole number from 1"),
-        ("expert_parallel.autoep_size", "-1", "a whole number from 1"),
-        ("expert_parallel.autoep_size", "auto", "a whole number from 1"),
+        ("expert_parallel.autoep_size", "true", "a whole number from 1 or auto"),
+        ("expert_parallel.autoep_size", "-1", "a whole number from 1 or auto"),
         ("zero_optimization.sub_group_size", "'1e9'", "a whole number from 0"),
         ("zero_optimization.sub_group_size", ".inf", "a whole number from 0"),
         ("zero_optimization.sub_group_size", ".nan", "a whole number from 0"),
@@ -297,12 +296,13 @@ def test_a_buffer_that_is_too_small(tmp_path):
 def test_no_space(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     needed = recipe().model_shape().parameter_counts().total * 18
+    bf16 = ds("bf16.enabled", True)  # 16 bytes of optimizer state and 2 of working weights a parameter
     for free, enough in ((needed, True), (needed - 10**6, False)):
         monkeypatch.setattr(ds_config.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         if enough:
-            assert resolved(file=NVME, swap=tmp_path)
+            assert resolved(bf16, file=NVME, swap=tmp_path)
         else:
-            message = refusal(file=NVME, swap=tmp_path)
+            message = refusal(bf16, file=NVME, swap=tmp_path)
             assert f"nvme_path={tmp_path}: " in message and "GB free" in message and "GB needed on this node" in message
 
 
@@ -311,7 +311,13 @@ def test_a_node_needs_its_own_share_of_space_only(tmp_path, monkeypatch):
     half = recipe().model_shape().parameter_counts().total * 18 // 2
     monkeypatch.setattr(ds_config.shutil, "disk_usage", lambda _: usage._replace(free=half + 1))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert resolved(file=NVME, swap=tmp_path)
+    assert resolved(ds("bf16.enabled", True), file=NVME, swap=tmp_path)
+
+
+@pytest.mark.parametrize(("world", "experts", "found"), [(1, 16, 1), (2, 16, 2), (3, 16, 1), (6, 16, 2), (4, 0, 1)])
+def test_auto_expert_parallelism_means_the_fewest_copies(world, experts, found):
+    changes = [ds("train_micro_batch_size_per_gpu", 1), "global_batch=12", f"model.experts={experts}"]
+    assert resolved(*changes, world=world).expert_parallel == found
 
 
 @pytest.mark.parametrize("place", ["/proc/swap", "/dev/null/swap", "/sys", "x" * 300])

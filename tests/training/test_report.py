@@ -65,7 +65,7 @@ def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
 
 
 def test_untrusted_text_stays_text(tmp_path: Path) -> None:
-    recipe = make_recipe(steps=1, tasks={HOSTILE: 1.0})
+    recipe = make_recipe(steps=1)
     with Tracker(tmp_path, recipe, {HOSTILE: HOSTILE}) as tracker:
         tracker.step(make_record(1) | {f"loss/{HOSTILE}": 1.0, "energy/source": HOSTILE, "energy/joules_per_token": 1})
         tracker.evaluation(1, {f"loss/validation/{HOSTILE}": 1.0})
