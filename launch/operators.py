@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.build_locks import clear_stale_locks, extension_root
 from training.errors import UserError
+from training.extensions import extension_root, prepare_extensions
 from training.machine import gpus_listed, has_libaio
 
 
@@ -53,18 +53,9 @@ def needed_operators() -> list[Operator]:
     return [*needed, ASYNC_IO] if has_libaio() else needed
 
 
-def build_root() -> Path:
-    """The folder that torch.utils.cpp_extension builds in."""
-    if os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return extension_root()
-    cuda = torch_version().get("cuda")
-    flavour = f"cu{cuda.replace('.', '')}" if cuda else "cpu"
-    return extension_root() / f"py{sys.version_info[0]}{sys.version_info[1]}_{flavour}"
-
-
 def is_built(operator: Operator) -> bool:
     """Whether the operator was compiled by, and for, this very environment."""
-    folder = build_root() / operator.name
+    folder = extension_root() / operator.name
     if not (folder / f"{operator.name}.so").is_file() or not (folder / "build.ninja").is_file():
         return False
     spec = importlib.util.find_spec("deepspeed")
@@ -97,7 +88,7 @@ def main() -> None:
     if on_gpu() and not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")):
         print("setup: nvcc is missing, so offload is off: install torch's CUDA toolkit, or set CUDA_HOME")
         return
-    clear_stale_locks()
+    prepare_extensions()
     for operator in needed_operators():
         if is_built(operator):
             continue

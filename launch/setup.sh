@@ -4,7 +4,7 @@
 #
 #   M6_PYTHON             the Python to use (3.11 or newer); python3 if unset
 #   M6_TORCH_INDEX        an extra package index for torch, such as PyTorch's own of CPU builds, which saves gigabytes
-#   TORCH_EXTENSIONS_DIR  where compiled operators are kept; PyTorch's default if unset
+#   TORCH_EXTENSIONS_DIR  where compiled operators are kept; .venv/torch_extensions if unset
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -3,13 +3,11 @@
 import pytest
 
 from tests.data_sample import build_sample
-from training.build_locks import clear_stale_locks
 from training.data.corpus import Corpus
+from training.extensions import prepare_extensions
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_stale_locks() -> None:
-    clear_stale_locks()
+# Ranks that tests start inherit it.
+prepare_extensions()
 
 
 @pytest.fixture(scope="session")

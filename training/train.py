@@ -22,7 +22,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from training import checkpoint, ds_config
-from training.build_locks import clear_stale_locks
 from training.data.batches import Collator, StepBatches
 from training.data.corpus import Corpus
 from training.data.order import GlobalOrder
@@ -30,6 +29,7 @@ from training.data.tasks import TASKS
 from training.engine import Engine
 from training.errors import UserError
 from training.evaluate import Validation
+from training.extensions import prepare_extensions
 from training.meter import Meter, host_bytes
 from training.peak import matmul_flops
 from training.recipe import Recipe, load_recipe
@@ -163,20 +163,25 @@ def main() -> None:
     try:
         overrides = arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
         recipe = load_recipe(arguments.recipe, overrides)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            clear_stale_locks()  # before the others can load anything: they wait for the group
+        prepare_extensions()
         with _quiet():
             deepspeed.init_distributed()
         training = Training(recipe, arguments.name, arguments.resume)
         training.run()
         training.close()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"m6: {error}", file=sys.stderr, flush=True)
+        _tell(error, int(os.environ.get("RANK", 0)))
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _tell(error: UserError, rank: int) -> None:
+    """One line, once: a mistake that all ranks see is told by rank 0, which ends the others while they wait."""
+    if rank:
+        time.sleep(5)
+    print(f"m6: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

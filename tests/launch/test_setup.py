@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import operators
+from training.extensions import extension_root
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,11 +69,10 @@ def test_operator_of_this_environment_counts(other_operators):
     assert operators.is_built(operators.CPU_ADAM)
 
 
-def test_build_root_is_the_one_that_torch_uses(monkeypatch):
+def test_operators_are_looked_for_where_torch_builds_them():
     from torch.utils.cpp_extension import _get_build_directory
 
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    assert operators.build_root() / "cpu_adam" == Path(_get_build_directory("cpu_adam", verbose=False))
+    assert extension_root() / "cpu_adam" == Path(_get_build_directory("cpu_adam", verbose=False))
 
 
 def test_failed_build_names_its_log(tmp_path, monkeypatch):

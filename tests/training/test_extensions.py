@@ -4,11 +4,11 @@ import os
 import time
 from pathlib import Path
 
-from training.build_locks import LOADING_SECONDS, clear_stale_locks
+from training.extensions import LOADING_SECONDS, clear_stale_locks
 
 
 def test_an_old_lock_goes_and_a_fresh_one_stays(tmp_path: Path) -> None:
-    old, fresh = tmp_path / "py311_cpu" / "async_io" / "lock", tmp_path / "cpu_adam" / "lock"
+    old, fresh = tmp_path / "async_io" / "lock", tmp_path / "cpu_adam" / "lock"
     for lock in (old, fresh):
         lock.parent.mkdir(parents=True)
         lock.touch()

@@ -1,0 +1,49 @@
+"""Where DeepSpeed's operators are compiled, and the locks that a killed process left there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+COMPILERS = {"ninja", "c++", "g++", "cc1plus", "nvcc", "cudafe++"}
+LOADING_SECONDS = 30.0  # an operator that is built already is locked for a few seconds while it is loaded
+
+
+def extension_root() -> Path:
+    """The folder of the builds: TORCH_EXTENSIONS_DIR, else one of this virtual environment's own.
+
+    PyTorch's default is shared by all environments of a user, but compile commands name the environment's headers:
+    two checkouts would compile over each other's operators again and again.
+    """
+    own = Path(sys.prefix) if sys.prefix != sys.base_prefix else Path("~/.cache").expanduser()
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or own / "torch_extensions")
+
+
+def prepare_extensions() -> None:
+    """Make this process, and those it starts, use `extension_root()`, free of stale locks."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extension_root())
+    clear_stale_locks(extension_root())
+
+
+def clear_stale_locks(root: Path) -> list[Path]:
+    """Remove locks that nobody can be holding: older than a load takes, with no compiler at work. Returns them.
+
+    PyTorch's lock is a file without an owner, which the next load would wait for for ever.
+    """
+    old = [lock for lock in root.glob("*/lock") if _age(lock) > LOADING_SECONDS]
+    if not old or any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"])):
+        return []
+    for lock in old:
+        lock.unlink(missing_ok=True)
+    return old
+
+
+def _age(lock: Path) -> float:
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
