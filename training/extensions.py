@@ -26,17 +26,20 @@ def extension_root() -> Path:
 def prepare_extensions() -> None:
     """Make this process, and those it starts, use `extension_root()`, free of stale locks."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extension_root())
-    clear_stale_locks(extension_root())
+    if not compiler_at_work():
+        clear_stale_locks(extension_root())
+
+
+def compiler_at_work() -> bool:
+    return any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"]))
 
 
 def clear_stale_locks(root: Path) -> list[Path]:
-    """Remove locks that nobody can be holding: older than a load takes, with no compiler at work. Returns them.
+    """Remove locks that nobody can be holding, given that no compiler is at work: older than a load takes.
 
-    PyTorch's lock is a file without an owner, which the next load would wait for for ever.
+    PyTorch's lock is a file without an owner, which the next load would wait for for ever. Returns what went.
     """
     old = [lock for lock in root.glob("*/lock") if _age(lock) > LOADING_SECONDS]
-    if not old or any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"])):
-        return []
     for lock in old:
         lock.unlink(missing_ok=True)
     return old
