@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from launch import operators
 from training.ds_config import DSConfig, resolve
 from training.errors import UserError
 from training.machine import usable_cores
@@ -65,6 +66,7 @@ def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False) -> int:
     if dry_run:
         show(config, ranks)
         return 0
+    operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, ranks, on_gpu=gpus > 0)
     return explain(supervise(launcher_command(run, ranks, gpu_numbers(gpus)), environment))
 

@@ -28,6 +28,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -77,13 +78,37 @@ def save(engine: Engine, folder: Path, step: int, facts: dict[str, Any], keep: i
     `facts` go into the manifest as they are (JSON): data position, recipe, tokenizer hash, wandb id …
     """
     final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
+    try:
+        _write_all(engine, partial)
+        _finish(engine, partial, final, step, facts, keep)
+    except (OSError, CheckpointException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{final}: cannot be written ({_reason(error)}); the checkpoints before it are whole") from None
+    return final
+
+
+def _reason(error: BaseException) -> str:
+    """The words of the first failing rank, in one line."""
+    for failure in getattr(error, "failures", {}).values():
+        return _reason(failure[0])
+    return " ".join(str(error).split())
+
+
+def _write_all(engine: Engine, partial: Path) -> None:
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in partial.parent.glob(".step-*.partial"):  # of a save that was cut off
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     dist.barrier()
     state = {key: Slice.of(value, *place) for key, value, place in _states(engine)}
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
     dist.barrier()
+
+
+def _finish(engine: Engine, partial: Path, final: Path, step: int, facts: dict[str, Any], keep: int) -> None:
+    """Checksums, manifest, rename, and then `latest`."""
+    folder = final.parent
     if dist.get_rank() == 0:
         files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, "step": step, "adam_step": _adam_step(engine), "files": files, **facts}
@@ -96,7 +121,6 @@ def save(engine: Engine, folder: Path, step: int, facts: dict[str, Any], keep: i
         _sync(folder)
         _prune(folder, step, keep)
     dist.barrier()
-    return final
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

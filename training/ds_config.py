@@ -366,7 +366,7 @@ def _check_folder(name: str, folder: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"{key}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed on this node: free some, or give another"
+            f"{key}: {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB needed on this node: free some, or give another"
         )
 
 

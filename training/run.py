@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -14,7 +16,7 @@ from training.errors import UserError
 from training.recipe import Recipe, parse_recipe, read_mapping
 
 FOLDER = Path("runs")
-RECIPE, DS_CONFIG, CHECKPOINTS, SWAP = "recipe.yaml", "ds_config.json", "checkpoints", "swap"
+RECIPE, DS_CONFIG, CHECKPOINTS, SWAP, LOCK = "recipe.yaml", "ds_config.json", "checkpoints", "swap", ".lock"
 
 # What a resumed run may do otherwise: go on longer, elsewhere, watched differently. The ds_config may change too, and
 # with it the micro-batches and the capacity, on which dropping depends.
@@ -29,6 +31,8 @@ def open_run(name: str, recipe: Recipe, resume: bool, root: Path = FOLDER) -> Pa
     if not re.fullmatch(r"\w[\w.+=-]{0,59}", name):
         raise UserError(f"--name {name!r}: must be a plain folder name of at most 60 letters, digits, . _ + = -")
     folder = root / name
+    if not os.access(next(place for place in (folder, *folder.absolute().parents) if place.exists()), os.W_OK):
+        raise UserError(f"{folder}: cannot be written to; start where it can, or mount it for writing")
     if not folder.exists():
         if resume:
             raise UserError(f"{folder}: no such run to resume")
@@ -43,6 +47,22 @@ def open_run(name: str, recipe: Recipe, resume: bool, root: Path = FOLDER) -> Pa
         if key not in CHANGEABLE and value != wanted[key]:
             raise UserError(f"{key}: {folder} was started with {value}, not {wanted[key]}")
     return folder
+
+
+def lock_run(folder: Path) -> IO[str]:
+    """Make the folder this process' alone for as long as the returned file is open. Raises UserError.
+
+    Two runs in one folder would prune each other's checkpoints and empty each other's swap files.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is training there; wait for it, or choose another --name") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
+    return lock
 
 
 def record_settings(folder: Path, recipe: Recipe, config: DSConfig) -> None:

@@ -210,8 +210,11 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """A JSON file's value, or `default` if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    """A JSON file's value, or `default` if there is none that can be read (a power cut leaves empty files)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
 
 
 def write_json(path: Path, value: Any) -> None:

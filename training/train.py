@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import os
 import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -33,9 +35,11 @@ from training.extensions import prepare_extensions
 from training.meter import Meter, host_bytes
 from training.peak import matmul_flops
 from training.recipe import Recipe, load_recipe
-from training.run import CHECKPOINTS, SWAP, open_run, record_settings
+from training.run import CHECKPOINTS, SWAP, lock_run, open_run, record_settings
 from training.schedule import learning_rate
 from training.tracking import Tracker
+
+T = TypeVar("T")
 
 
 class Training:
@@ -54,6 +58,8 @@ class Training:
         )  # fmt: skip
         self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
         self.validation = Validation(self.corpus, recipe, collate)
+        self.lock = _on_first_rank(lambda: lock_run(self.folder))
+        _on_first_rank(self.corpus.verify)
         found = checkpoint.newest(self.folder / CHECKPOINTS) if resume else None
         dist.barrier()  # every rank has checked before one of them writes
         if self.rank == 0:
@@ -88,6 +94,7 @@ class Training:
             record = self.meter.record(result, tasks, self.step * recipe.global_batch, lr)
             if self.tracker:
                 self.tracker.step({"step": self.step, **record})
+            self._check_finite(result.loss)
             if self.step % recipe.evaluation.every == 0 or self.step == recipe.steps:
                 self.evaluate()
             if self.step % recipe.save_every == 0 or self.step == recipe.steps:
@@ -95,6 +102,14 @@ class Training:
         counters = self.meter.counters()
         if self.tracker:
             self.tracker.close({"steps": self.step, **counters})
+
+    def _check_finite(self, loss: float) -> None:
+        """Stop before the weights of a diverged run take the place of good checkpoints."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {self.step}: the loss is not finite; the last good weights are in {self.folder / CHECKPOINTS}: "
+                "start again with a lower optimizer.lr"
+            )
 
     def close(self) -> None:
         self.engine.close()
@@ -157,6 +172,20 @@ class Training:
         }
 
 
+def _on_first_rank(action: Callable[[], T]) -> T | None:
+    """Rank 0's result, and None elsewhere; a UserError there is raised on every rank. Collective."""
+    result, told = None, [""]
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            told = [str(error)]
+    dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise UserError(told[0])
+    return result
+
+
 def main() -> None:
     arguments = _arguments()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, at DeepSpeed's calls, once a call
@@ -166,6 +195,7 @@ def main() -> None:
         prepare_extensions()
         with _quiet():
             deepspeed.init_distributed()
+        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
         training = Training(recipe, arguments.name, arguments.resume)
         training.run()
         training.close()

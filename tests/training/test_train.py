@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from training.data.corpus import Corpus
+from training.run import lock_run
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(300)
@@ -105,3 +106,31 @@ def test_another_corpus_is_refused_on_resume(sample_corpus: Corpus, finished: Pa
     refused = train(sample_corpus, tmp_path, "--resume", "steps=7", "tracking.wandb=disabled")
     assert refused.returncode == 2
     assert "was trained on another data" in refused.stderr
+
+
+def test_a_run_is_one_process_alone(sample_corpus: Corpus, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    with lock_run(tmp_path / "runs" / "run"):
+        refused = train(sample_corpus, tmp_path, "--resume", "steps=7", "tracking.wandb=disabled")
+    assert refused.returncode == 2
+    assert "another process is training there" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_diverged_run_stops_before_it_replaces_good_weights(sample_corpus: Corpus, tmp_path: Path) -> None:
+    diverged = train(sample_corpus, tmp_path, "optimizer.lr=1e18", "optimizer.clip=0", "schedule.warmup=0", "steps=9")
+    assert diverged.returncode == 2
+    assert "the loss is not finite" in diverged.stderr and "Traceback" not in diverged.stderr
+
+
+def test_a_damaged_corpus_is_refused_in_one_line(sample_corpus: Corpus, tmp_path: Path) -> None:
+    copy = tmp_path / "data" / "corpus"
+    shutil.copytree(sample_corpus.folder, copy)
+    content = bytearray((copy / "features.npy").read_bytes())
+    content[-1000] ^= 1
+    (copy / "features.npy").write_bytes(content)
+    recipe = str(ROOT / "launch" / "recipes" / "quickstart.yaml")
+    refused = m6("train", "--recipe", recipe, "--name", "run", "--data", str(copy.parent), *SMALL, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        f"m6: {copy / 'features.npy'}: damaged; run `m6 data fetch` to build the corpus anew"
+    ]

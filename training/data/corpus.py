@@ -36,9 +36,12 @@ class Corpus:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder = folder
         self.manifest = manifest
-        self.pictures = _load(folder / PICTURES)
-        self.texts = _load(folder / TEXTS)
-        self.features = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
+        try:
+            self.pictures = _load(folder / PICTURES)
+            self.texts = _load(folder / TEXTS)
+            self.features = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, pa.ArrowException):
+            raise UserError(f"{folder}: damaged; run `m6 data fetch` to build the corpus anew") from None
         self.tokenizer = Tokenizer(folder / TOKENIZER)
 
     @classmethod
