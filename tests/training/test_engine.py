@@ -67,7 +67,7 @@ def test_the_number_of_ranks_changes_nothing_but_rounding(trained: Any, world: i
 
 
 def test_the_same_recipe_twice_gives_equal_bits(trained: Any) -> None:
-    # `recompute` renames nothing but the cache's key: the recomputed run must also be this run.
+    # The default factor, said: the same recipe under another key, so that it is trained anew.
     first = trained(2, ranks.CPU, 2)
     assert first == trained(2, ranks.CPU, 2, capacity_factor=1.25)
     assert agree(first, trained(2, ranks.CPU, 2, recompute=True))
