@@ -17,6 +17,8 @@ from tests.data_sample import build_sample
 from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
 
+TIMEOUT = 3600.0  # seconds a layout: a CPU without bf16 units computes in it at a hundredth of its fp32 speed
+
 LAYOUTS = {
     "CPU offload, 2 ranks, ep 2, again": (2, ranks.CPU, 2),
     "NVMe offload, max_in_cpu 0": (2, ranks.NVME, 2),
@@ -40,7 +42,7 @@ def main() -> None:
 
         def losses(world: int, tiers: dict, parallel: int) -> list[float]:
             ds = ranks.settings(tiers, parallel, bf16=arguments.bf16, capacity=arguments.capacity)
-            return [loss for loss, _ in run_ranks(world, ranks.train, data, swap, ds)[0]]
+            return [loss for loss, _ in run_ranks(world, ranks.train, data, swap, ds, timeout=TIMEOUT)[0]]
 
         base = losses(2, ranks.CPU, 2)
         print(f"loss {base[0]:.3f} -> {base[-1]:.3f}, {'bf16' if arguments.bf16 else 'fp32'}, {arguments.capacity}")

@@ -17,12 +17,12 @@ from typing import Any
 TIMEOUT = 120.0  # seconds, of all ranks together
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """What `function(*args)` returned on each of `world` new processes, in the order of ranks.
 
     `function` must be importable (at module level), arguments and results picklable. It forms the process
     group itself if it needs one; the environment for that is set. The first exception of a rank is raised
-    here, with the rank's traceback as a note, and the other ranks are ended. Raises TimeoutError after TIMEOUT
+    here, with the rank's traceback as a note, and the other ranks are ended. Raises TimeoutError after `timeout`
     seconds.
     """
     context = multiprocessing.get_context("spawn")
@@ -38,7 +38,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
             send.close()  # ours: with the rank's end alone open, its death ends the pipe
             processes.append(process)
             pipes.append(receive)
-        return _collect(pipes, time.monotonic() + TIMEOUT)
+        return _collect(pipes, timeout)
     finally:
         for process in processes:
             process.kill()
@@ -63,14 +63,15 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
     results: dict[Connection, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for pipe in pipes if pipe not in results]
         ready = wait(waiting, timeout=max(deadline - time.monotonic(), 0))
         if not ready:
             ranks = [pipes.index(pipe) for pipe in waiting]
-            raise TimeoutError(f"no result of ranks {ranks} within {TIMEOUT:.0f} s")
+            raise TimeoutError(f"no result of ranks {ranks} within {timeout:.0f} s")
         for pipe in ready:
             try:
                 error, result = pickle.loads(pipe.recv_bytes())

@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-import tests.ranks
 from tests.ranks import run_ranks
 from training.errors import UserError
 
@@ -60,7 +59,6 @@ def test_failures_that_cannot_be_sent_are_told(how: str, says: str):
         run_ranks(2, rank_one_fails, how)
 
 
-def test_ranks_that_hang_are_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tests.ranks, "TIMEOUT", 2.0)
+def test_ranks_that_hang_are_named():
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] within 2 s"):
-        run_ranks(2, rank_one_fails, "hangs")
+        run_ranks(2, rank_one_fails, "hangs", timeout=2.0)

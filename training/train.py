@@ -49,6 +49,7 @@ class Training:
         self.recipe = recipe
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.folder = open_run(name, recipe, resume)
+        dist.barrier()  # every rank has looked before the first makes the folder
         self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / SWAP)
         self.corpus = Corpus.open(recipe.data)
         collate = Collator(self.corpus, self.config.model)

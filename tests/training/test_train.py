@@ -1,15 +1,18 @@
 """The training program as a person starts it: through `m6 train`, on real ranks, with real files."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.ranks import run_ranks
 from training.data.corpus import Corpus
 from training.run import lock_run
 
@@ -97,6 +100,27 @@ def test_a_second_run_of_the_name_is_refused_and_nothing_is_lost(sample_corpus: 
     assert again.returncode == 2
     assert again.stderr.splitlines() == ["m6: runs/run exists: choose another --name, or --resume to go on with it"]
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*")}
+
+
+def construct_late(folder: Path, data: Path) -> str:
+    """Rank 1 comes to each look at the run's folder seconds after rank 0."""
+    import deepspeed
+
+    from training import train as program
+    from training.recipe import load_recipe
+
+    look = program.open_run
+    program.open_run = lambda *args: (time.sleep(3 * int(os.environ["RANK"])), look(*args))[1]
+    os.chdir(folder)
+    deepspeed.init_distributed("gloo", verbose=False)
+    overrides = [*SMALL, f"data={data}", "tracking.wandb=disabled"]
+    training = program.Training(load_recipe(ROOT / "launch/recipes/quickstart.yaml", overrides), "run", resume=False)
+    training.close()
+    return str(training.folder)
+
+
+def test_a_slow_rank_finds_the_folder_as_new_as_the_first_did(sample_corpus: Corpus, tmp_path: Path) -> None:
+    assert run_ranks(2, construct_late, tmp_path, sample_corpus.folder.parent) == ["runs/run"] * 2
 
 
 def test_another_corpus_is_refused_on_resume(sample_corpus: Corpus, finished: Path, tmp_path: Path) -> None:
