@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.data_sample import build_sample
 from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
+from training.extensions import prepare_extensions
 
 TIMEOUT = 3600.0  # seconds a layout: a CPU without bf16 units computes in it at a hundredth of its fp32 speed
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--capacity", default="1x")
     arguments = parser.parse_args()
+    prepare_extensions()
     with tempfile.TemporaryDirectory() as folder:
         data, swap = Path(folder) / "data", Path(folder) / "swap"
         data.mkdir()

@@ -59,15 +59,12 @@ def software() -> list[Finding]:
 def hardware() -> list[Finding]:
     memory, disk = machine.memory_bytes(), shutil.disk_usage(".").free
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
-    flags = machine.cpu_flags()
+    bf16 = ", ".join(sorted(machine.cpu_flags() & {"amx_bf16", "amx_tile", "avx512_bf16"}))
+    without = "nothing: the CPU's ds_configs train in fp32 here (bf16 would be slow)"
     return [
         _accelerators(),
         Finding("cores", str(machine.usable_cores())),
-        Finding(
-            "bf16 instructions",
-            ", ".join(sorted(flags & {"amx_bf16", "amx_tile", "avx512_bf16"})) or "none",
-            advice="" if "amx_bf16" in flags or "avx512_bf16" in flags else "bf16 on this CPU will be slow",
-        ),
+        Finding("bf16 instructions", bf16 or "none", advice="" if machine.multiplies_bf16() else without),
         _enough("memory", memory, ENOUGH_MEMORY, "choose m6-tiny and --ranks 1"),
         _enough("free disk", disk, ENOUGH_DISK, "make room for the corpus and the checkpoints"),
         _enough("shared memory", shared, ENOUGH_SHARED_MEMORY, "in a container: docker run --shm-size=1g"),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.errors import UserError
-from training.report import quarters, write_report
+from training.report import nats, planned_steps, quarters, write_report
 from training.run import FOLDER
 from training.tracking import read_lines
 
@@ -23,8 +23,11 @@ def report_on(run: str) -> None:
     table = Table(box=None, title="validation loss, nats a token", title_justify="left")
     for heading in ("task", "first quarter", "last quarter", "change"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
-    for quarter in quarters(read_lines(folder / "metrics.jsonl")):
-        losses = ("–" if loss is None else f"{loss:.3f}" for loss in (quarter.first, quarter.last))
-        table.add_row(quarter.task, *losses, "–" if quarter.change is None else f"{quarter.change:+.1%}")
+    found = quarters(read_lines(folder / "metrics.jsonl"), planned_steps(folder))
+    for row in found.rows:
+        change = "–" if row.change is None else f"{row.change:+.1%}"
+        table.add_row(row.task, nats(row.first), found.late(row), change)
     console.print(table)
+    if found.standing:
+        console.print(found.standing, markup=False)
     console.print(f"report: {page.resolve()}", markup=False, soft_wrap=True)

@@ -34,6 +34,7 @@ class Figure:
     title: str
     series: list[Series]
     from_zero: bool = False
+    note: str = ""  # what the title means
 
     @property
     def svg(self) -> Markup:

@@ -26,23 +26,28 @@ def extension_root() -> Path:
 def prepare_extensions() -> None:
     """Make this process, and those it starts, use `extension_root()`, free of stale locks."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extension_root())
-    if not compiler_at_work():
-        clear_stale_locks(extension_root())
-
-
-def compiler_at_work() -> bool:
-    return any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"]))
+    clear_stale_locks(extension_root())
 
 
 def clear_stale_locks(root: Path) -> list[Path]:
-    """Remove locks that nobody can be holding, given that no compiler is at work: older than a load takes.
+    """Remove locks that nobody can be holding: older than a load takes, and no compiler at work beside them.
 
     PyTorch's lock is a file without an owner, which the next load would wait for for ever. Returns what went.
     """
-    old = [lock for lock in root.glob("*/lock") if _age(lock) > LOADING_SECONDS]
-    for lock in old:
+    stale = [lock for lock in root.glob("*/lock") if _age(lock) > LOADING_SECONDS and not _compiling(lock.parent)]
+    for lock in stale:
         lock.unlink(missing_ok=True)
-    return old
+    return stale
+
+
+def _compiling(folder: Path) -> bool:
+    """Whether a compiler works in the folder, or names it. What other users' processes do cannot be seen."""
+    own = str(folder.resolve())
+    return any(
+        process.info["name"] in COMPILERS
+        and any(own in place for place in (process.info["cwd"] or "", *(process.info["cmdline"] or ())))
+        for process in psutil.process_iter(["name", "cwd", "cmdline"])
+    )
 
 
 def _age(lock: Path) -> float:

@@ -11,12 +11,12 @@ import difflib
 import json
 import math
 import re
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -38,6 +38,16 @@ _SHAPE = TypeAdapter(ModelConfig)
 # Products of two stay positions, which are 64-bit integers.
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+def _known_task(name: str) -> str:
+    if name not in TASK_NAMES:
+        raise ValueError(f"is unknown{_nearest(name, TASK_NAMES)}")
+    return name
+
+
+Task = Annotated[str, AfterValidator(_known_task)]
 
 
 class Section(BaseModel):
@@ -83,7 +93,7 @@ class Recipe(Section):
     steps: Count
     global_batch: Count  # rows a step, on however many ranks
     text_positions: int = Field(96, ge=8)  # source + target tokens of a row at the most
-    tasks: dict[str, float]  # task: weight in the mixture
+    tasks: dict[Task, Weight]  # task: weight in the mixture
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
@@ -98,13 +108,10 @@ class Recipe(Section):
 
     @field_validator("tasks")
     @classmethod
-    def _positive_weights(cls, tasks: dict[str, float]) -> dict[str, float]:
-        for name in tasks:
-            if name not in TASK_NAMES:
-                raise ValueError(f"{name} is unknown{_nearest(name, TASK_NAMES)}")
+    def _chosen(cls, tasks: dict[str, float]) -> dict[str, float]:
         chosen = {name: weight for name, weight in tasks.items() if weight > 0}
-        if not chosen or min(tasks.values()) < 0:
-            raise ValueError("weights must not be negative, and one must be positive")
+        if not chosen:
+            raise ValueError("one task must have a weight over 0")
         return chosen
 
     @model_validator(mode="after")
@@ -130,7 +137,7 @@ class Recipe(Section):
         try:
             shape = _SHAPE.validate_python(base | fields)
         except ValidationError as error:
-            raise ValueError(_shape_problem(error)) from None
+            raise ValueError(f"model.{_first_problem(error, _SHAPE.json_schema())}") from None
         for name, value in dataclasses.asdict(shape).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"model.{name}={value}: must be a finite number")
@@ -143,13 +150,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    """A recipe out of a file's values and overrides. Raises UserError that names the file or the override."""
     values = copy.deepcopy(values)
+    applied = [copy.deepcopy(values)]
     for override in overrides:
         _apply(values, override)
+        applied.append(copy.deepcopy(values))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {one_line(_first_problem(error))}") from None
+        problem = _first_problem(error, Recipe.model_json_schema())
+        raise UserError(one_line(_blame(problem, applied, overrides, source))) from None
 
 
 class _Yaml(yaml.SafeLoader):
@@ -200,41 +211,94 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *parents, last = key.split(".")
     if not equals or not all((*parents, last)):
-        raise UserError(f"override {override!r}: must read key=value")
+        raise UserError(f"override {shown(override)}: must read key=value")
     for parent in parents:
         child = values.get(parent, {})
         if parent == "model" and isinstance(child, str):
             child = {"preset": child}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {parent} has no parts")
+            raise UserError(f"override {shown(override)}: {parent} has no parts")
         values[parent] = child
         values = child
     try:
         values[last] = yaml.load(text, _Yaml)
     except _UNREADABLE:
-        raise UserError(f"override {override!r}: the value is no YAML") from None
+        raise UserError(f"override {shown(override)}: the value is no YAML") from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def _blame(problem: str, applied: list[dict[str, Any]], overrides: list[str], source: str) -> str:
+    """The problem, after the last override that brought it, or else the file. `applied[n]`: n overrides are in."""
+    count = len(overrides)
+    while count and _problem_of(applied[count - 1]) == problem:
+        count -= 1
+    if not count:
+        return f"{source}: {problem}"
+    key = overrides[count - 1].partition("=")[0]
+    said = problem.partition(": ")[2] if problem.startswith(f"{key}=") else ""
+    return f"override {shown(overrides[count - 1])}: {said or problem}"
+
+
+def _problem_of(values: dict[str, Any]) -> str:
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        return _first_problem(error, Recipe.model_json_schema())
+    return ""
+
+
+def _first_problem(error: ValidationError, schema: dict[str, Any]) -> str:
+    """The first mistake, by its key and value and what the JSON schema wants there."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in problem["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
-        return f"{key} is unknown{_nearest(str(problem['loc'][-1]), section.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    reason = problem["msg"].removeprefix("Value error, ")
-    return f"{key}={shown(problem['input'])}: {reason}" if key else reason
+    kind, place = problem["type"], problem["loc"]
+    if kind == "missing" and isinstance(place[-1], int):
+        place = place[:-1]  # a list that is too short
+    elif kind == "missing":
+        hint = "" if schema["title"] == Recipe.__name__ else "; name a preset or give every size"
+        return f"{_dotted(place)} is missing{hint}"
+    if kind in ("extra_forbidden", "invalid_key"):
+        names = _schema_at(schema, place[:-1])["properties"]
+        return f"{_dotted(place)} is unknown{_nearest(str(place[-1]), names)}"
+    own = str(problem["ctx"]["error"]) if kind == "value_error" else ""
+    if place[-1:] == ("[key]",):
+        return f"{_dotted(place[:-1])} {own or 'is no name: names are text'}"
+    reason = own or f"must be {_wanted(_schema_at(schema, place))}"
+    return f"{_dotted(place)}={shown(problem['input'])}: {reason}" if place else reason
 
 
-def _shape_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    reason = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        return f"model.{problem['loc'][0]} is missing; name a preset or give every size"
-    return f"model.{problem['loc'][0]}={shown(problem['input'])}: {reason}" if problem["loc"] else f"model.{reason}"
+def _dotted(place: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in place)
+
+
+def _schema_at(schema: dict[str, Any], place: tuple[int | str, ...]) -> dict[str, Any]:
+    """The part of a JSON schema that is about a place."""
+    node = schema
+    for part in place:
+        if "prefixItems" in node:
+            node = node["prefixItems"][part]
+        else:
+            node = node.get("properties", {}).get(part) or node["additionalProperties"]
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return node
+
+
+def _wanted(node: dict[str, Any]) -> str:
+    """What a part of a JSON schema asks for, in words."""
+    if "enum" in node:
+        return f"one of {', '.join(node['enum'])}"
+    if node["type"] == "array":
+        return f"a list of {node['minItems']}"
+    noun = {
+        "integer": "a whole number", "number": "a finite number", "boolean": "true or false", "string": "text",
+        "object": "key: value pairs",
+    }[node["type"]]  # fmt: skip
+    if node["type"] == "integer" and "exclusiveMaximum" in node:
+        node = node | {"maximum": node["exclusiveMaximum"] - 1}
+        del node["exclusiveMaximum"]
+    bounds = {
+        "minimum": "from {}", "exclusiveMinimum": "over {}", "maximum": "to {}", "exclusiveMaximum": "and below {}"
+    }  # fmt: skip
+    return " ".join([noun, *(words.format(node[bound]) for bound, words in bounds.items() if bound in node)])
 
 
 def one_line(text: str) -> str:
@@ -243,7 +307,8 @@ def one_line(text: str) -> str:
 
 def shown(value: Any) -> str:
     """A value as a message shows it."""
-    return textwrap.shorten(repr(value), 80, placeholder="…")
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,16 @@ from markupsafe import Markup
 
 from training.charts import Figure, Series, bins, compact, strip, three_digits
 from training.errors import UserError
-from training.tracking import Record, Sample, duration, read_json, read_lines
+from training.recipe import read_mapping
+from training.run import RECIPE
+from training.tracking import DROPPED, Record, Sample, duration, fact, read_json, read_lines
 
 VALIDATION = "loss/validation/"
 MODALITIES = ("image", "text")  # the order in which routing is counted
+ROUTING = {  # what is charted of it: title, and what that means
+    "moe/drop_rate": ("assignments dropped", DROPPED),
+    "moe/load_cv": ("load variation (CV)", "standard deviation of the experts' load over its mean; 0 where it is even"),
+}
 
 
 class Tile(NamedTuple):
@@ -36,6 +43,14 @@ class Quarter(NamedTuple):
         return self.last / self.first - 1 if self.first and self.last is not None else None
 
 
+class Quarters(NamedTuple):
+    rows: list[Quarter]
+    standing: str  # where an unfinished run stands; empty for a finished one
+
+    def late(self, row: Quarter) -> str:
+        return nats(row.last, "not yet" if self.standing else "–")
+
+
 class LayerLoad(NamedTuple):
     layer: int
     experts: str  # what the cells are
@@ -54,15 +69,16 @@ def write_report(run: Path) -> Path:
     if not steps:
         raise UserError(f"{run}: no steps in metrics.jsonl, so there is nothing to report; train first")
     facts = read_json(run / "run.json", {}).get("facts", {})
-    recipe = run / "recipe.yaml"
+    recipe = run / RECIPE
     page = _template().render(
         name=run.resolve().name,
-        facts=[(label(key), shown(value)) for key, value in facts.items()],
+        facts=[(label(key), fact(key, value)) for key, value in facts.items()],
         tiles=tiles(steps, facts),
-        quarters=quarters(lines),
+        quarters=quarters(lines, planned_steps(run)),
         learning=learning_figures(steps, lines),
         experts=expert_figures(steps),
         load=expert_load(read_json(run / "routing.json", None)),
+        dropped=DROPPED,
         samples=samples_by_task(read_json(run / "samples.json", {})),
         machine=machine_figures(steps),
         events=[line for line in lines if "event" in line],
@@ -79,7 +95,7 @@ def _template() -> Any:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["three_digits"] = three_digits
+    environment.filters |= {"three_digits": three_digits, "nats": nats}
     return environment.get_template("report.html.jinja")
 
 
@@ -88,20 +104,30 @@ def label(key: str) -> str:
     return key.replace("_", " ").replace("/", ", ")
 
 
-def shown(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def nats(value: float | None, missing: str = "–") -> str:
+    return missing if value is None else f"{value:.3f}"
 
 
-def quarters(lines: list[Record]) -> list[Quarter]:
-    """Each task's validation loss early and late. `lines`: of metrics.jsonl."""
-    end = max((line["step"] for line in lines), default=0)
+def planned_steps(run: Path) -> int:
+    """The steps that the run's recipe asks for; 0 if it cannot be read."""
+    try:
+        steps = read_mapping(run / RECIPE).get("steps")
+    except UserError:
+        return 0
+    return steps if isinstance(steps, int) else 0
+
+
+def quarters(lines: list[Record], planned: int) -> Quarters:
+    """Each task's validation loss early and late in the `planned` steps. `lines`: of metrics.jsonl."""
+    done = max((line["step"] for line in lines), default=0)
+    end = max(done, planned)
     tasks = sorted({key for line in lines for key in line if key.startswith(VALIDATION)})
 
     def mean(key: str, within: Callable[[int], bool]) -> float | None:
         values = [line[key] for line in lines if line.get(key) is not None and within(line["step"])]
         return statistics.fmean(values) if values else None
 
-    return [
+    rows = [
         Quarter(
             key.removeprefix(VALIDATION),
             mean(key, lambda step: step <= end / 4),
@@ -109,6 +135,8 @@ def quarters(lines: list[Record]) -> list[Quarter]:
         )
         for key in tasks
     ]
+    standing = f"step {done:,} of {end:,}; the last quarter begins with step {end * 3 // 4 + 1:,}"
+    return Quarters(rows, standing if done < end else "")
 
 
 def tiles(steps: list[Record], facts: Record) -> list[Tile]:
@@ -173,10 +201,11 @@ def learning_figures(steps: list[Record], lines: list[Record]) -> list[Figure]:
 
 def expert_figures(steps: list[Record]) -> list[Figure]:
     wanted = []
-    for key, title in (("moe/drop_rate", "assignments dropped"), ("moe/load_cv", "load variation (CV)")):
+    for key, (title, _) in ROUTING.items():
         modalities = [curve(steps, f"{key}/{name}", name) for name in MODALITIES]
         wanted.append((title, [curve(steps, key, "all"), *modalities]))
-    return figures(wanted, from_zero=True)
+    notes = dict(ROUTING.values())
+    return [replace(figure, note=notes[figure.title]) for figure in figures(wanted, from_zero=True)]
 
 
 def machine_figures(steps: list[Record]) -> list[Figure]:

@@ -6,11 +6,13 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from model.config import ModelConfig
 from training.ds_config import DSConfig
 from training.errors import UserError
 from training.recipe import Recipe, parse_recipe, read_mapping
@@ -31,7 +33,8 @@ def open_run(name: str, recipe: Recipe, resume: bool, root: Path = FOLDER) -> Pa
     if not re.fullmatch(r"\w[\w.+=-]{0,59}", name):
         raise UserError(f"--name {name!r}: must be a plain folder name of at most 60 letters, digits, . _ + = -")
     folder = root / name
-    if not os.access(next(place for place in (folder, *folder.absolute().parents) if place.exists()), os.W_OK):
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{folder}: cannot be written to; start where it can, or mount it for writing")
     if not folder.exists():
         if resume:
@@ -63,6 +66,30 @@ def lock_run(folder: Path) -> IO[str]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
     return lock
+
+
+def tell_changes(folder: Path, config: DSConfig) -> None:
+    """Print one line if a resumed run is to go on with another ds_config than its folder's, in what matters."""
+    if not (folder / DS_CONFIG).exists():
+        return
+    earlier, now = _traits(read_mapping(folder / DS_CONFIG)), _traits(config.values)
+    changes = [f"{name} {earlier[name]} -> {now[name]}" for name in now if now[name] != earlier[name]]
+    if changes:
+        print(f"resumed with other settings: {', '.join(changes)}", flush=True)
+
+
+def _traits(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved ds_config the numbers, the memory or the speed of a run depend on, as a person names it."""
+    block, zero = values.get("m6", {}), values.get("zero_optimization", {})
+    return {
+        "precision": "bf16" if values.get("bf16", {}).get("enabled") else "fp32",
+        "capacity": block.get("capacity", ModelConfig.capacity),
+        "capacity factor": block.get("capacity_factor", ModelConfig.capacity_factor),
+        "micro-batch": values.get("train_micro_batch_size_per_gpu"),
+        "expert parallelism": values.get("expert_parallel", {}).get("autoep_size"),
+        "parameters on": zero.get("offload_param", {}).get("device", "none"),
+        "optimizer on": zero.get("offload_optimizer", {}).get("device", "none"),
+    }
 
 
 def record_settings(folder: Path, recipe: Recipe, config: DSConfig) -> None:

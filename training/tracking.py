@@ -33,6 +33,11 @@ LAST = ("step", "position", "tokens", "lr")  # states and running totals
 RATES = ("tokens_per_second", "flops_utilization")  # per second: a long step weighs more
 WANDB_MODES = ("online", "offline", "disabled")
 WANDB_SECONDS = 60  # that wandb may take to start, and to finish
+UNITS = {"flops": "FLOP/s", "bytes": "B"}  # of facts whose key has the word
+DROPPED = (
+    "share of the tokens' assignments to experts that are passed over because the expert's capacity is used up; "
+    "the token then goes on by the residual path"
+)
 
 
 class Sample(NamedTuple):
@@ -83,6 +88,8 @@ class Tracker:
         write_json(run / "run.json", self._about)
         self._screen = Screen(recipe.steps, start_step)
         self._screen.facts(facts)
+        if recipe.model_shape().experts:
+            self._screen.say(f"dropped: {DROPPED}")
         config = recipe.model_dump(mode="json") | {"facts": facts}
         options = {
             "project": recipe.tracking.project,
@@ -286,7 +293,7 @@ class Screen:
     def facts(self, facts: Record) -> None:
         width = max(map(len, facts), default=0)
         for key, value in facts.items():
-            self.say(f"{key:<{width}}  {value:,}" if isinstance(value, int) else f"{key:<{width}}  {value}")
+            self.say(f"{key:<{width}}  {fact(key, value)}")
         if self._live:
             self._live.start()
 
@@ -305,6 +312,22 @@ class Screen:
     def stop(self) -> None:
         if self._live:
             self._live.stop()
+
+
+def fact(key: str, value: Any) -> str:
+    """A fact's value as a person reads it: 1234 -> 1,234; a rate or a size with its unit, 93.1 GFLOP/s, 1.2 GB."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    unit = next((unit for word, unit in UNITS.items() if word in key), "")
+    return scaled(value, unit) if unit else f"{value:,}"
+
+
+def scaled(value: float, unit: str) -> str:
+    """Three digits with a decimal prefix: 1_234_567 B -> 1.23 MB."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit * 0.9995:
+            return f"{value / limit:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
 
 
 def numbers(record: Record, left: float | None) -> str:

@@ -35,11 +35,14 @@ from training.extensions import prepare_extensions
 from training.meter import Meter, host_bytes
 from training.peak import matmul_flops
 from training.recipe import Recipe, load_recipe
-from training.run import CHECKPOINTS, SWAP, lock_run, open_run, record_settings
+from training.run import CHECKPOINTS, SWAP, lock_run, open_run, record_settings, tell_changes
 from training.schedule import learning_rate
 from training.tracking import Tracker
 
 T = TypeVar("T")
+
+LOST_PEER = 3
+LAUNCHER_SECONDS = 5  # that a launcher may take to see that one of its ranks ended, and to end the others
 
 
 class Training:
@@ -64,6 +67,7 @@ class Training:
         found = checkpoint.newest(self.folder / CHECKPOINTS) if resume else None
         dist.barrier()  # every rank has checked before one of them writes
         if self.rank == 0:
+            tell_changes(self.folder, self.config)
             record_settings(self.folder, recipe, self.config)
         self.host_bytes_before = host_bytes()
         self.engine = Engine(self.config, recipe.seed)
@@ -188,7 +192,9 @@ def _on_first_rank(action: Callable[[], T]) -> T | None:
 
 
 def main() -> None:
+    """Train on this rank. Exit codes: 2 for a mistake that the user can mend, LOST_PEER where another rank ended."""
     arguments = _arguments()
+    training = None
     warnings.simplefilter("ignore", FutureWarning)  # of torch, at DeepSpeed's calls, once a call
     try:
         overrides = arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
@@ -203,6 +209,11 @@ def main() -> None:
     except UserError as error:
         _tell(error, int(os.environ.get("RANK", 0)))
         sys.exit(2)
+    except RuntimeError as error:
+        if os.environ.get("M6_DEBUG") or not _lost_peer(error):
+            raise
+        _tell_lost_peer(training.step if training else 0)
+        sys.exit(LOST_PEER)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -211,8 +222,25 @@ def main() -> None:
 def _tell(error: UserError, rank: int) -> None:
     """One line, once: a mistake that all ranks see is told by rank 0, which ends the others while they wait."""
     if rank:
-        time.sleep(5)
+        time.sleep(LAUNCHER_SECONDS)
     print(f"m6: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is no longer there.
+
+    Gloo raises plain RuntimeErrors, which begin with the place in its sources; NCCL's say which of its codes it was.
+    """
+    return isinstance(error, dist.DistNetworkError) or any(
+        mark in str(error) for mark in ("gloo/transport/", "ncclRemoteError")
+    )
+
+
+def _tell_lost_peer(step: int) -> None:
+    """Told only where nobody knows more: a launcher that sees the failed rank itself ends this one meanwhile."""
+    time.sleep(LAUNCHER_SECONDS)
+    rank = os.environ.get("RANK", 0)
+    print(f"m6: rank {rank}: another rank went away at step {step}; see what it said", file=sys.stderr, flush=True)
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

@@ -112,6 +112,32 @@ def load_and_train(data: Path, swap: Path, ds: dict[str, Any], folder: Path, ste
     return {"digests": digests, "losses": rank.train(step, last)}
 
 
+def save_without_space(data: Path, swap: Path, ds: dict[str, Any], folder: Path, room: int) -> Any:
+    """Save, train a step, and save again while no file of rank 1 may pass `room` bytes: what was said, and left."""
+    import os
+    import resource
+
+    from training import checkpoint
+    from training.errors import UserError
+
+    trained = Rank(data, swap, ds)
+    trained.train(0, 1)
+    checkpoint.save(trained.engine, folder, 1, {}, keep=1)
+    before = state_digests(trained)
+    trained.train(1, 2)
+    if os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))  # Python ignores the signal
+    said = ""
+    try:
+        checkpoint.save(trained.engine, folder, 2, {}, keep=1)
+    except UserError as error:
+        said = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    path, manifest = checkpoint.read_manifest(folder)
+    checkpoint.load(trained.engine, path, manifest, trained.blank_step)
+    return said, path.name, state_digests(trained) == before
+
+
 def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
     """Each state's values by global offset, so that layouts can be compared: key -> {offset: bytes}."""
     from training.checkpoint import _states

@@ -92,3 +92,15 @@ def test_a_newer_format_and_a_missing_checkpoint_are_refused(saved: Any, tmp_pat
         checkpoint.read_manifest(folder)
     with pytest.raises(UserError, match="no checkpoint there"):
         checkpoint.read_manifest(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(sample_corpus: Corpus, tmp_path: Path) -> None:
+    """A file that may not grow fails like a full disk; the parameters alone need more than its 4 KiB."""
+    folder, swap = tmp_path / "checkpoints", tmp_path / "swap"
+    ds = ranks.settings(ranks.CPU, 2)
+    results = run_ranks(2, ranks.save_without_space, sample_corpus.folder.parent, swap, ds, folder, 4096)
+    for said, newest, as_it_was in results:
+        assert said.startswith(f"{folder / 'step-2'}: cannot be written (") and "File too large" in said
+        assert said.endswith("; the checkpoints before it are whole") and len(said.splitlines()) == 1
+        assert (newest, as_it_was) == ("step-1", True)
+    assert {path.name for path in folder.iterdir()} == {checkpoint.LATEST, "step-1"}

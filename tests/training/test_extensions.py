@@ -1,7 +1,10 @@
 """A lock that a killed compiler run left does not stop the next run for ever."""
 
 import os
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from training.extensions import LOADING_SECONDS, clear_stale_locks
@@ -17,3 +20,46 @@ def test_an_old_lock_goes_and_a_fresh_one_stays(tmp_path: Path) -> None:
     assert clear_stale_locks(tmp_path) == [old]
     assert fresh.exists() and not old.exists()
     assert clear_stale_locks(tmp_path) == []
+
+
+def old_lock(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "lock").touch()
+    past = time.time() - 2 * LOADING_SECONDS
+    os.utime(folder / "lock", (past, past))
+    return folder / "lock"
+
+
+@contextmanager
+def compiler(home: Path, cwd: Path, *arguments: str) -> Iterator[None]:
+    """A process of a compiler's name, at work until the end of the block."""
+    program = home / "ninja"
+    program.write_text("#!/bin/sh\necho\nread line\n")
+    program.chmod(0o755)
+    process = subprocess.Popen([program, *arguments], cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.readline()  # it runs
+    try:
+        yield
+    finally:
+        process.communicate()
+
+
+def test_a_compiler_keeps_the_lock_of_its_own_folder_only(tmp_path: Path) -> None:
+    home, root = tmp_path / "home", tmp_path / "extensions"
+    home.mkdir()
+    root.mkdir()
+    own, other = old_lock(root / "cpu_adam"), old_lock(root / "async_io")
+    with compiler(home, own.parent):
+        assert clear_stale_locks(root) == [other]
+    assert clear_stale_locks(root) == [own]
+
+
+def test_a_compiler_that_names_the_folder_keeps_its_lock(tmp_path: Path) -> None:
+    home, root = tmp_path / "home", tmp_path / "extensions"
+    home.mkdir()
+    root.mkdir()
+    lock = old_lock(root / "cpu_adam")
+    with compiler(home, home, "-o", str(root / "cpu_adam" / "cpu_adam.o")):
+        assert clear_stale_locks(root) == []
+    assert clear_stale_locks(root) == [lock]

@@ -76,6 +76,41 @@ def test_unknown_names_come_with_a_suggestion(values, said):
     assert said in refusal(**values)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("steps=abc", "must be a whole number from 1 to 2147483647"),
+        ("steps=2.5", "must be a whole number from 1 to 2147483647"),
+        ("keep=0", "must be a whole number from 1"),
+        ("optimizer.lr=.inf", "must be a finite number over 0"),
+        ("schedule.final=2", "must be a finite number from 0 to 1"),
+        ("optimizer.betas=[0.9]", "must be a list of 2"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas.1=1: must be a finite number from 0 and below 1"),
+        ("tracking.wandb=maybe", "must be one of offline, online, disabled"),
+        ("optimizer=3", "must be key: value pairs"),
+        ("data=", "must be text"),
+        ("model.share_layers=maybe", "must be true or false"),
+        ("model.layers=two", "must be a whole number"),
+        ("tasks.captoin=1", "tasks.captoin is unknown; did you mean caption?"),
+        ("tasks.caption=-1", "must be a finite number from 0"),
+        ("text_positions=513", "text_positions=513 is more than max_positions=512"),
+        ("ds={1: 2}", "ds.1 is no name: names are text"),
+    ],
+)
+def test_a_wrong_override_is_named_and_told_what_it_must_be(override, said):
+    assert refusal("seed=3", override, "save_every=3") == f"override {override!r}: {said}"
+
+
+def test_the_file_is_blamed_for_what_is_in_the_file():
+    wanted = "must be a whole number from 1 to 2147483647"
+    assert refusal("keep=3", steps="x") == f"r.yaml: steps='x': {wanted}"
+    assert refusal("steps=y", steps="x") == f"override 'steps=y': {wanted}"
+    assert refusal("text_positions=400", model={"preset": "m6-tiny", "max_positions": 300}).startswith("override ")
+    assert refusal("keep=3", text_positions=400, model={"preset": "m6-tiny", "max_positions": 300}) == (
+        "r.yaml: text_positions=400 is more than max_positions=300"
+    )
+
+
 def test_missing_keys_are_named():
     with pytest.raises(UserError, match=r"^r.yaml: steps is missing$"):
         parse_recipe({key: value for key, value in LEAST.items() if key != "steps"}, [], "r.yaml")
@@ -112,6 +147,8 @@ def test_keys_that_are_no_text():
 
 def test_a_long_value_is_cut():
     assert len(refusal(seed="x" * 10_000)) < 300
+    assert refusal("seed=" + "x" * 10_000).startswith("override 'seed=xxx")
+    assert len(refusal("seed=" + "x" * 10_000)) < 300
 
 
 def test_a_task_of_no_weight_is_left_out():

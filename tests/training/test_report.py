@@ -1,14 +1,16 @@
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from tests.training.fake_run import make_load, make_recipe, make_record, make_run, make_samples
+from tests.training.fake_run import TASKS, make_load, make_recipe, make_record, make_run, make_samples
 from training.charts import MAX_CELLS, MAX_POINTS, bins, compact, thinned, three_digits, ticks, unbroken
 from training.errors import UserError
-from training.report import Quarter, layer_load, quarters, write_report
-from training.tracking import Sample, Tracker
+from training.report import Quarter, layer_load, planned_steps, quarters, write_report
+from training.tracking import DROPPED, Sample, Tracker, read_lines
 
 HOSTILE = '</pre><script>alert("1")</script><img src=https://example.org/x.png onerror=alert(2)>{{ 7*7 }}'
 VOID = {"meta", "img", "link"}
@@ -58,6 +60,23 @@ def test_the_page_has_every_part_and_asks_for_nothing(run: Path) -> None:
     assert len(page.addresses) == 6 and all(one.startswith("data:image/png;base64,") for one in page.addresses)
     assert "script" not in page.tags and "link" not in page.tags
     assert not re.search(r"url\(|@import|https?:", path.read_text(encoding="utf-8"))
+
+
+def test_a_sample_says_what_is_what(run: Path) -> None:
+    text = Page(write_report(run)).text
+    assert text.count("✓ right") == 3 and text.count("✗ differs") == 3
+    assert re.search(r"output ✗ differs\s+黄色的月亮\s+reference金色的球", text)
+    assert re.search(r"output ✗ differs\s+\(nothing\)\s+reference灰色的球", text)
+    assert re.search(r"prompt登鹳雀楼\s+output\s+白日依山尽", text)  # any poem will do: no verdict, no reference
+
+
+def test_figures_have_their_meaning_and_facts_their_units(tmp_path: Path) -> None:
+    facts = {"matmul_peak_flops/rank": 93_123_123_123.4, "host_bytes/before_model": 1_201_635_008, "ranks": 2048}
+    with Tracker(tmp_path, make_recipe(steps=1), facts) as tracker:
+        tracker.step(make_record(1))
+    text = Page(write_report(tmp_path)).text
+    assert "93.1 GFLOP/s" in text and "1.2 GB" in text and "2,048" in text
+    assert DROPPED in text
 
 
 def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
@@ -115,9 +134,32 @@ def test_energy_and_time_are_summed_over_all_steps(tmp_path: Path) -> None:
 def test_quarters_compare_the_runs_ends() -> None:
     lines = [{"step": step, "loss/validation/poem": 9.0 - step / 20} for step in range(0, 101, 20)]
     lines += [{"step": 100, "loss/validation/late": 1.0}, {"step": 5, "loss": 3.0}]
-    assert quarters(lines) == [Quarter("late", None, 1.0), Quarter("poem", 8.5, 4.5)]
+    rows = [Quarter("late", None, 1.0), Quarter("poem", 8.5, 4.5)]
+    for planned in (0, 90, 100):  # unknown; cut down by a resume; run to its end
+        assert quarters(lines, planned) == (rows, "")
     assert Quarter("late", None, 1.0).change is None
     assert Quarter("poem", 8.0, 4.0).change == pytest.approx(-0.5)
+
+
+def test_an_unfinished_run_has_no_last_quarter_yet() -> None:
+    lines = [{"step": step, "loss/validation/poem": 9.0 - step / 20} for step in range(0, 101, 20)]
+    found = quarters(lines, planned=200)
+    assert found.rows == [Quarter("poem", 8.0, None)]  # steps 0, 20 and 40
+    assert found.late(found.rows[0]) == "not yet"
+    assert found.standing == "step 100 of 200; the last quarter begins with step 151"
+    assert quarters(lines, 120).rows == [Quarter("poem", 8.5, 4.0)]  # begun: what there is of it
+
+
+def test_the_end_of_a_run_is_its_recipes(run: Path, tmp_path: Path) -> None:
+    assert planned_steps(run) == 400
+    assert planned_steps(tmp_path) == 0
+    assert "not yet" not in Page(write_report(run)).text
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line["step"] <= 250]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = Page(write_report(tmp_path)).text
+    assert text.count("not yet") == len(TASKS)
+    assert "Step 250 of 400; the last quarter begins with step 301." in text
 
 
 def test_load_of_a_layer() -> None:

@@ -5,7 +5,7 @@ import pytest
 from training import run
 from training.errors import UserError
 from training.recipe import parse_recipe
-from training.run import open_run, read_settings, record_settings
+from training.run import lock_run, open_run, read_settings, record_settings, tell_changes
 
 RECIPE = {"model": "m6-tiny", "steps": 10, "global_batch": 32, "tasks": {"caption": 1, "poem": 2}}
 
@@ -42,6 +42,41 @@ def test_settings_come_back(started):
     again, ds = read_settings(started)
     assert again == recipe()
     assert ds["zero_optimization"]["stage"] == 3 and ds == json.loads((started / run.DS_CONFIG).read_text())
+
+
+def test_a_resumed_run_says_what_changed(started, tmp_path, capsys):
+    from training.ds_config import resolve
+
+    tell_changes(started, resolve(recipe(), 2, 0, tmp_path))
+    assert capsys.readouterr().out == ""
+    bf16 = json.loads((started / run.DS_CONFIG).read_text())["bf16"]["enabled"]
+    changes = [
+        f"ds.bf16.enabled={str(not bf16).lower()}", "ds.m6.capacity=kx", "ds.train_micro_batch_size_per_gpu=8",
+        "ds.expert_parallel.autoep_size=1", "ds.zero_optimization.offload_param.device=none",
+    ]  # fmt: skip
+    tell_changes(started, resolve(recipe(*changes), 2, 0, tmp_path))
+    precision = "bf16 -> fp32" if bf16 else "fp32 -> bf16"
+    assert capsys.readouterr().out == (
+        f"resumed with other settings: precision {precision}, capacity 1x -> kx, micro-batch 16 -> 8, "
+        "expert parallelism 2 -> 1, parameters on cpu -> none\n"
+    )
+
+
+def test_a_new_run_has_nothing_to_say(root, tmp_path, capsys):
+    from training.ds_config import resolve
+
+    tell_changes(root / "new", resolve(recipe(), 2, 0, tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    """Parents that are files: modes alone do not stop root."""
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match=r"file/runs/new: cannot be written to"):
+        open_run("new", recipe(), resume=False, root=file / "runs")
+    with pytest.raises(UserError, match=r"file/runs/new: cannot be written to \(Not a directory\)"):
+        lock_run(file / "runs" / "new")
 
 
 def test_a_second_run_on_a_name_is_refused_and_changes_nothing(started, root):

@@ -13,7 +13,17 @@ import pytest
 from tests.training.fake_run import FACTS, make_load, make_recipe, make_record, make_samples
 from training.energy import Counter, EnergyMeter
 from training.errors import UserError
-from training.tracking import TimeLeft, Tracker, clean, duration, read_json, read_lines, summarise
+from training.tracking import (
+    DROPPED,
+    TimeLeft,
+    Tracker,
+    clean,
+    duration,
+    fact,
+    read_json,
+    read_lines,
+    summarise,
+)
 
 RECIPE = make_recipe(steps=40, evaluation={"every": 20})
 
@@ -147,6 +157,12 @@ def test_durations() -> None:
     assert shown == ["59 s", "1 min 00 s", "59 min 59 s", "3 h 05 min", "2 d 4 h"]
 
 
+def test_facts_have_their_units() -> None:
+    assert fact("matmul_peak_flops/rank", 93_123_123_123.4) == "93.1 GFLOP/s"
+    assert [fact("host_bytes", size) for size in (0, 999, 999_999, 1_234_567)] == ["0 B", "999 B", "1 MB", "1.23 MB"]
+    assert [fact("rows", 1234), fact("device", "cpu"), fact("shared", True)] == ["1,234", "cpu", "True"]
+
+
 def test_without_a_terminal_there_is_a_plain_line_a_logged_step(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,9 +171,15 @@ def test_without_a_terminal_there_is_a_plain_line_a_logged_step(
         tracker.event(20, "saved", "checkpoints/[step-20]")
     shown = capfd.readouterr().out
     assert "parameters/total   45,600,123" in shown
+    assert shown.count(f"dropped: {DROPPED}\n") == 1 and shown.index("dropped: ") < shown.index("step 1/40")
     assert re.search(r"\nstep 10/40  loss 8\.\d{3}  2,182 tokens/s  1\d\.\d% dropped  \d s left\n", shown)
     assert "step 20: validation loss caption 4.500\n" in shown
     assert shown.endswith("step 20: saved: checkpoints/[step-20]\n") and "\x1b" not in shown
+
+
+def test_of_a_dense_model_nothing_is_dropped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with Tracker(tmp_path, make_recipe(model="m6-base"), {}):
+        assert "dropped" not in capfd.readouterr().out
 
 
 def test_on_a_terminal_there_is_one_live_line_which_an_error_ends(tmp_path: Path) -> None:
