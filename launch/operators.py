@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.processes import forwarding
 from training.errors import UserError
 from training.extensions import extension_root, prepare_extensions
 from training.machine import gpus_listed, has_libaio
@@ -30,6 +31,14 @@ class Operator:
 CPU_ADAM = Operator("cpu_adam", "CPUAdamBuilder", "the optimizer on the CPU", "about a minute")
 SHARED_MEMORY = Operator("deepspeed_shm_comm", "ShareMemCommBuilder", "all-reduce between CPU ranks", "half a minute")
 ASYNC_IO = Operator("async_io", "AsyncIOBuilder", "NVMe offload", "two to four minutes")
+
+# An exception, unlike the signal's own effect, makes PyTorch take its lock away.
+BUILD = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+import deepspeed.ops.op_builder as operators
+operators.{}().load(verbose=True)
+"""
 
 
 def torch_version() -> dict:
@@ -64,22 +73,30 @@ def is_built(operator: Operator) -> bool:
 
 
 def build(operator: Operator, log: Path) -> None:
-    """Compile one operator. Raises UserError that names the log of the compiler's messages."""
+    """Compile one operator. Raises UserError that names the log of the compiler's messages.
+
+    A signal that stops us ends all compilers, and then the program with the usual code.
+    """
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # ninja is beside Python
         "DS_ACCELERATOR": "cuda" if on_gpu() else "cpu",
     }
-    program = f"import deepspeed.ops.op_builder as o; o.{operator.builder}().load(verbose=True)"
     with log.open("wb") as output:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
+        process = subprocess.Popen(
+            [sys.executable, "-c", BUILD.format(operator.builder)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            start_new_session=True,
         )
-    if done.returncode:
+        with forwarding(process, to_root=True) as received:
+            code = process.wait()
+    if received:
+        print("setup: stopped", file=sys.stderr)
+        sys.exit(128 + received[0])
+    if code:
         raise UserError(f"building {operator.name} failed: the compiler's messages are in {log}")
 
 

@@ -1,6 +1,8 @@
 """`m6 train`: the training program as ranks of DeepSpeed's launcher on this machine."""
 
+import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -8,14 +10,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
+from typing import NamedTuple
 
 from launch import operators
-from training.ds_config import DSConfig, resolve
+from launch.processes import STOPPED, first_rank_to_fail, forwarding
+from training.ds_config import DSConfig, default_path, resolve
 from training.errors import UserError
 from training.machine import usable_cores
-from training.recipe import load_recipe
+from training.recipe import Recipe, load_recipe
 from training.run import SWAP, open_run
 
 CPU_RANKS = 2  # so that expert parallelism is at work on any machine
@@ -30,8 +32,6 @@ KEEP_FREED_MEMORY = ":".join(
         f"glibc.malloc.top_pad={2**26}",
     )
 )
-
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,16 @@ class TrainingRun:
         return [*arguments, *self.overrides]
 
 
+class Plan(NamedTuple):
+    """What a checked run will do."""
+
+    recipe: Recipe
+    folder: Path
+    data: Path
+    config: DSConfig
+    config_path: Path
+
+
 def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False) -> int:
     """Check the recipe, start the ranks, wait for them; the exit code to end with.
 
@@ -61,31 +71,60 @@ def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False) -> int:
     gpus = count_gpus()
     if gpus and ranks is not None and ranks > gpus:
         raise UserError(f"--ranks {ranks}: this machine has {gpus} GPU(s); give at most that many")
-    ranks = ranks or gpus or CPU_RANKS
-    config = check(run, ranks, gpus)
+    asked, ranks = ranks, ranks or gpus or CPU_RANKS
+    plan = check(run, ranks, gpus)
     if dry_run:
-        show(config, ranks)
+        show(plan, ranks)
+        chosen = ["--ranks", str(asked)] if asked else []
+        print(f"nothing was started; to start it: {shlex.join(['m6', 'train', *chosen, *run.arguments()])}")
         return 0
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, ranks, on_gpu=gpus > 0)
-    return explain(supervise(launcher_command(run, ranks, gpu_numbers(gpus)), environment))
+    return explain(*supervise(launcher_command(run, ranks, gpu_numbers(gpus)), environment, ranks))
 
 
-def check(run: TrainingRun, ranks: int, gpus: int) -> DSConfig:
+def check(run: TrainingRun, ranks: int, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
     recipe = load_recipe(run.recipe, list(run.overrides))
     folder = open_run(run.name, recipe, run.resume)
     data = run.data or Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
-    return resolve(recipe, ranks, gpus, folder / SWAP)
+    config_path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)
+    return Plan(recipe, folder, data, resolve(recipe, ranks, gpus, folder / SWAP), config_path)
 
 
-def show(config: DSConfig, ranks: int) -> None:
+def show(plan: Plan, ranks: int) -> None:
     """Print what would run."""
+    facts = recipe_facts(plan) | layout_facts(plan.config, ranks)
+    for name, value in facts.items():
+        print(f"{name:14} {value}")
+
+
+def recipe_facts(plan: Plan) -> dict[str, str]:
+    """What is trained, on what, for how long."""
+    from training.data.order import allot  # with the tasks, whose import takes seconds
+
+    recipe = plan.recipe
+    rows = allot(recipe.tasks, recipe.global_batch).items()
+    changes = f", changed by {json.dumps(recipe.ds, ensure_ascii=False)}" if recipe.ds else ""
+    evaluation = recipe.evaluation
+    return {
+        "run": f"{plan.folder.name}, in the {'existing' if plan.folder.exists() else 'new'} folder {plan.folder}",
+        "data": str(plan.data),
+        "steps": f"{recipe.steps:,}, of {recipe.global_batch:,} rows each",
+        "tasks": ", ".join(f"{task} {count} ({count / recipe.global_batch:.1%})" for task, count in rows),
+        "evaluation": f"first, every {evaluation.every:,} steps, and last, on {evaluation.rows:,} rows a task",
+        "checkpoint": f"every {recipe.save_every:,} steps, and last; the newest {recipe.keep} are kept",
+        "ds_config": f"{plan.config_path}{changes}",
+    }
+
+
+def layout_facts(config: DSConfig, ranks: int) -> dict[str, str]:
+    """How large it is, and where its parts live."""
     counts = config.model.parameter_counts()
     experts = f"{config.model.experts} a layer, {config.model.experts // config.expert_parallel} a rank"
-    facts = {
+    return {
         "parameters": f"{counts.total:,}, of which a token passes {counts.active:,}",
         "experts": experts if config.model.experts else "none: a dense model",
         "ranks": f"{ranks}, in groups of {config.expert_parallel} that share one set of experts",
@@ -94,8 +133,6 @@ def show(config: DSConfig, ranks: int) -> None:
         "parameters on": config.parameter_tier.replace("none", "the device"),
         "optimizer on": config.optimizer_tier.replace("none", "the device"),
     }
-    for name, value in facts.items():
-        print(f"{name:14} {value}")
 
 
 def count_gpus() -> int:
@@ -149,60 +186,39 @@ def rank_environment(base: Mapping[str, str], ranks: int, on_gpu: bool) -> dict[
         # DeepSpeed calls ninja by its name.
         "PATH": f"{Path(sys.executable).parent}:{base.get('PATH', os.defpath)}",
     }
-    environment.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher sets it for its ranks
+    for own in ("CUDA_VISIBLE_DEVICES", "RANK"):  # the launcher sets them for its ranks
+        environment.pop(own, None)
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
 
 
-def supervise(command: list[str], environment: Mapping[str, str]) -> int:
-    """Run the launcher to its end and return its exit code, or 128 + the number of a signal that stopped us.
+def supervise(command: list[str], environment: Mapping[str, str], ranks: int) -> tuple[int, int | None]:
+    """Run the launcher to its end.
 
-    The launcher has a session of its own: a terminal's Ctrl-C would otherwise hit launcher and ranks at once.
-    A first signal asks the ranks to end (SIGTERM), a second one kills them.
+    Returns its exit code, or 128 + the number of a signal that stopped us, and the rank that failed first, if known.
     """
     process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
-    received: list[int] = []
-
-    def forward(number: int, _frame: object) -> None:
-        received.append(number)
-        stop(process, kill=len(received) > 1)
-
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
+    # Not to the launcher's outer process: it ends after the others, but would not wait for them if told.
+    with forwarding(process, to_root=False) as received:
+        failed = first_rank_to_fail(process, ranks)
         code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return 128 + received[0] if received else code
+    return 128 + received[0] if received else code, failed
 
 
-def stop(process: subprocess.Popen, kill: bool) -> None:
-    """End the ranks and the launcher's inner process; its outer one ends after them, unless still alone."""
-    try:
-        launcher = psutil.Process(process.pid)
-        family = launcher.children(recursive=True) or [launcher]
-    except psutil.NoSuchProcess:
-        return
-    for member in [*family, launcher] if kill else family:
-        try:
-            member.kill() if kill else member.terminate()
-        except psutil.NoSuchProcess:
-            continue
-
-
-def explain(code: int) -> int:
+def explain(code: int, failed: int | None) -> int:
     """Say why training ended, where the ranks could not; returns the exit code to end with.
 
     The launcher turns a rank that a signal killed into 256 - signal. Code 2 was explained by a rank.
     """
-    if code in (128 + number for number in FORWARDED):
+    rank = "a rank" if failed is None else f"rank {failed}"
+    if code in STOPPED:
         print("m6: stopped", file=sys.stderr)
     elif code < 0 or code > 192:
         killer = signal.Signals(-code if code < 0 else 256 - code)
         hint = "; most likely memory ran out" if killer == signal.SIGKILL else ""
-        print(f"m6: a rank was killed by {killer.name}{hint}", file=sys.stderr)
+        print(f"m6: {rank} was killed by {killer.name}{hint}", file=sys.stderr)
         return 1
     elif code not in (0, 2):
-        print(f"m6: training failed (code {code}); the rank's own message is above", file=sys.stderr)
+        print(f"m6: {rank} failed (code {code}); its own message is above", file=sys.stderr)
     return code

@@ -1,6 +1,6 @@
 """Stands where `training.train` would under the real launcher: says what it was given, then does as told.
 
-Arguments, after those of a run: FOLDER for a file a rank, and one of done, mistake, killed, wait.
+Arguments, after those of a run: FOLDER for a file a rank, and one of done, mistake, fails, killed, soon, wait.
 """
 
 import json
@@ -14,6 +14,7 @@ KEPT = ("RANK", "WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS", "GLIBC_TUNABL
 
 
 def main() -> None:
+    time.sleep(1)  # a real rank takes longer to import torch
     folder, ending = Path(sys.argv[-2]), sys.argv[-1]
     rank = os.environ["RANK"]
     facts = {
@@ -26,6 +27,11 @@ def main() -> None:
         sys.exit(2)
     if ending == "killed" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    if ending == "fails" and rank == "1":
+        time.sleep(2)  # until the other has ended
+        sys.exit(7)
+    if ending == "soon":
+        time.sleep(2)
     if ending in ("killed", "wait"):
         signal.signal(signal.SIGTERM, lambda *_: (folder / f"{rank}.saved").touch() or sys.exit(0))
         time.sleep(60)

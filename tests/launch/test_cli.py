@@ -12,6 +12,10 @@ import pytest
 from rich.console import Console
 
 from launch.data import counts
+from launch.doctor import hardware
+from tests.training.fake_run import make_recipe, make_record
+from training.ds_config import resolve
+from training.tracking import Tracker
 
 M6 = Path(sysconfig.get_path("scripts"), "m6")
 
@@ -86,6 +90,50 @@ def test_doctor_without_a_compiler_says_what_to_do(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "apt-get install g++" in done.stdout and "Training cannot run" in done.stdout
+
+
+@pytest.mark.parametrize(("flags", "precision"), [({"avx2"}, "fp32"), ({"avx512_bf16"}, "bf16, fp32 masters")])
+def test_doctor_says_in_what_precision_the_cpu_trains(flags, precision, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.machine.cpu_flags", lambda: flags)
+    [finding] = [finding for finding in hardware() if finding.name == "bf16 instructions"]
+    assert resolve(make_recipe(), 2, 0, tmp_path).precision == precision
+    assert finding.ok and ("train in fp32 here" in finding.advice) == (precision == "fp32")
+
+
+def test_dry_run_tells_the_whole_plan_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "my data").mkdir()
+    recipe = tmp_path / "first.yaml"
+    recipe.write_text("{model: m6-tiny, steps: 1200, global_batch: 32, tasks: {caption: 3, poem: 1}}")
+    arguments = ["train", "--recipe", str(recipe), "--data", "my data", "evaluation.every=90", "ds.m6.capacity=kx"]
+    done = m6(*arguments, "--dry-run", cwd=tmp_path, DS_ACCELERATOR="cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in (
+        "run            first, in the new folder runs/first",
+        "data           my data",
+        "steps          1,200, of 32 rows each",
+        "tasks          caption 24 (75.0%), poem 8 (25.0%)",
+        "evaluation     first, every 90 steps, and last, on 128 rows a task",
+        "checkpoint     every 500 steps, and last; the newest 2 are kept",
+        "ranks          2, in groups of 2 that share one set of experts",
+    ):
+        assert line in done.stdout.splitlines()
+    assert 'cpu-offload.json, changed by {"m6": {"capacity": "kx"}}\n' in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("nothing was started; to start it: m6 train --recipe ")
+    assert last.endswith(" --name first --data 'my data' evaluation.every=90 ds.m6.capacity=kx")
+    assert {path.name for path in tmp_path.iterdir()} == {"my data", "first.yaml"}
+
+
+def test_report_of_a_run_midway_says_when_its_last_quarter_begins(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("steps: 40")
+    with Tracker(tmp_path, make_recipe(steps=40), {}) as tracker:
+        for step in range(1, 11):
+            tracker.step(make_record(step))
+        tracker.evaluation(10, {"loss/validation/poem": 5.0})
+    done = m6("report", str(tmp_path), COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    assert "5.000       not yet       –" in done.stdout
+    assert "step 10 of 40; the last quarter begins with step 31\n" in done.stdout
 
 
 def test_data_show_counts_and_samples(sample_corpus):

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,24 +21,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # `m6 train` from its command on, with the stand-in for the training program.
 PROGRAM = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from launch.run import TrainingRun, explain, launcher_command, rank_environment, supervise
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 ranks, folder, ending = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 run = TrainingRun(Path("r.yaml"), ("a.b=1", folder, ending), "n")
 command = launcher_command(run, ranks, [])
 command[command.index("training.train")] = "tests.launch.rank_program"
-sys.exit(explain(supervise(command, rank_environment(os.environ, ranks, on_gpu=False))))
+sys.exit(explain(*supervise(command, rank_environment(os.environ, ranks, on_gpu=False), ranks)))
 """
 
 
-def start(ranks: int, folder: Path, ending: str) -> subprocess.Popen:
+def start(ranks: int, folder: Path, ending: str, before: Callable[[], Any] | None = None) -> subprocess.Popen:
     settings = {"OMP_NUM_THREADS", "GLIBC_TUNABLES", "DS_ACCELERATOR", "M6_DEBUG"}
     environment = {key: value for key, value in os.environ.items() if key not in settings}
     command = [sys.executable, "-c", PROGRAM, str(ranks), str(folder), ending]
     return subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before
     )
 
 
@@ -63,8 +66,26 @@ def test_killed_rank_is_named_and_the_others_end(tmp_path):
     process = start(2, tmp_path, "killed")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.strip().splitlines()[-1] == "m6: a rank was killed by SIGKILL; most likely memory ran out"
+    assert errors.strip().splitlines()[-1] == "m6: rank 1 was killed by SIGKILL; most likely memory ran out"
     assert not any(psutil.pid_exists(facts["pid"]) for facts in facts_of(tmp_path, 2))
+
+
+def test_a_rank_that_fails_after_another_ended_well_is_the_one_named(tmp_path):
+    process = start(2, tmp_path, "fails")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert errors == "m6: rank 1 failed (code 7); its own message is above\n"
+
+
+def test_hang_up_is_ignored_where_it_was(tmp_path):
+    """As `nohup` wants it."""
+    process = start(1, tmp_path, "soon", before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "0.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (0, "", "")
 
 
 def test_interrupt_lets_the_ranks_save_and_ends_everything(tmp_path):

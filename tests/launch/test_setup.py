@@ -1,10 +1,13 @@
 """launch/setup.sh: repeats are quick, mistakes are one line. (CI runs it from nothing.)"""
 
 import os
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch import operators
@@ -82,3 +85,28 @@ def test_failed_build_names_its_log(tmp_path, monkeypatch):
     with pytest.raises(operators.UserError, match=f"building cpu_adam failed: .* in {log}"):
         operators.build(operators.CPU_ADAM, log)
     assert log.stat().st_size > 0
+
+
+def test_a_stopped_build_leaves_no_compiler_and_no_lock(tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch.operators import *; "
+    program += f"build(CPU_ADAM, Path({str(tmp_path / 'log')!r}))"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    builder = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+    family = wait_for_compiler(builder.pid)
+    builder.send_signal(signal.SIGTERM)
+    _, errors = builder.communicate(timeout=60)
+    assert (builder.returncode, errors) == (128 + signal.SIGTERM, "setup: stopped\n")
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    assert not (tmp_path / "cpu_adam" / "lock").exists()
+
+
+def wait_for_compiler(pid: int) -> list[psutil.Process]:
+    """The process' whole family, once a compiler proper is in it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        family = psutil.Process(pid).children(recursive=True)
+        if any(member.name() == "cc1plus" for member in family):
+            return family
+        time.sleep(0.1)
+    raise TimeoutError("no compiler started")
