@@ -167,7 +167,8 @@ def resolve(recipe: Recipe, world: int, gpus: int, swap: Path) -> DSConfig:
     try:
         return _resolve(values, recipe, world, gpus, swap)
     except UserError as error:
-        raise UserError(f"{path}: {one_line(str(error))}") from None
+        source = f"{path} with the changes of ds" if recipe.ds else path
+        raise UserError(f"{source}: {one_line(str(error))}") from None
 
 
 def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap: Path) -> DSConfig:
