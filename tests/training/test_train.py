@@ -211,4 +211,6 @@ def test_a_damaged_corpus_is_refused_in_one_line(sample_corpus: Corpus, tmp_path
     recipe = str(ROOT / "launch" / "recipes" / "quickstart.yaml")
     refused = m6("train", "--recipe", recipe, "--name", "run", "--data", str(copy.parent), *SMALL, cwd=tmp_path)
     assert refused.returncode == 2
-    assert said(refused.stderr) == [f"m6: {copy / 'features.npy'}: damaged; run `m6 data fetch` to build the corpus anew"]
+    assert said(refused.stderr) == [
+        f"m6: {copy / 'features.npy'}: damaged; run `m6 data fetch` to build the corpus anew"
+    ]
