@@ -116,9 +116,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"]
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: no corpus there; run `m6 data fetch`") from error
+        raise UserError(f"{folder}: no corpus there; run `m6 data fetch --dir {folder.parent}`") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); run `m6 data fetch`") from error
+        raise UserError(f"{path}: damaged ({error}); run `m6 data fetch --dir {folder.parent}`") from error
     if found != FORMAT:
         raise UserError(f"{folder}: corpus of format {found}, this program reads {FORMAT}; run `m6 data fetch`")
     return manifest

@@ -72,7 +72,7 @@ def test_rows_are_quick(sample_corpus):
 
 
 def test_missing_corpus_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match=r"no corpus there; run `m6 data fetch`"):
+    with pytest.raises(UserError, match=r"no corpus there; run `m6 data fetch --dir"):
         Corpus.open(tmp_path)
 
 
