@@ -100,6 +100,10 @@ def main() -> None:
     Exit codes: 0 done, 1 a failure of ours, 2 a mistake that the user can mend, 130 stopped by Ctrl-C.
     """
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        _fail("the current folder is gone: change to another", 2)
+    try:
         code = m6.main(prog_name="m6", standalone_mode=False)
     except click.Abort:
         _fail("stopped", 130)

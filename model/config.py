@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+MOST_CAPACITY = 1_000_000  # places for an even share: far more than any number of tokens fills
+
 Routing = Literal["prototype", "top-k"]
 Capacity = Literal["1x", "kx", "none"]
 ImageInput = Literal["features", "pixels"]
@@ -65,8 +67,10 @@ class ModelConfig:
             raise ValueError(f"k={self.k} is more than experts={self.experts}")
         if self.experts and self.routing == "prototype" and self.experts % self.k:
             raise ValueError(f"experts={self.experts} is not divisible into k={self.k} prototypes")
-        if not 0 < self.capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor={self.capacity_factor}: must be positive")
+        if not 0 < self.capacity_factor <= MOST_CAPACITY:
+            raise ValueError(f"capacity_factor={self.capacity_factor}: must be over 0 and at most {MOST_CAPACITY:,}")
+        if self.init_std > 1:
+            raise ValueError(f"init_std={self.init_std}: must be at most 1")
 
     @property
     def vocab(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import hashlib
 import math
 import os
 import shutil
@@ -29,18 +30,22 @@ TIERS = ("none", "cpu", "nvme")
 NVME_OPTIMIZER_BYTES = 16  # a parameter's fp32 master, two Adam moments and gradient
 
 # What a setting may hold, in the words of the message that refuses anything else.
-FLAG, COUNT, SIZE, BUFFERS = "true or false", "a whole number from 0", "a whole number from 1", "a whole number from 4"
+FLAG, COUNT, SIZE = "true or false", "a whole number from 0 to 1e12", "a whole number from 1 to 1e12"
+BUFFERS, DEPTH = "a whole number from 4 to 4096", "a whole number from 1 to 4096"
+BYTES = "a whole number from 1 to 2^30"
 NUMBER, TEXT, BLOCK = "a number from 0", "text", "a block of settings"
 DTYPE, TIER, CAPACITY = "fp32 or bf16", ", ".join(TIERS), ", ".join(get_args(Capacity))
 AUTO = " or auto"
 FITS: dict[str, Callable[[Any], bool]] = {
     FLAG: lambda value: isinstance(value, bool),
-    COUNT: lambda value: _is_whole(value, 0),
-    SIZE: lambda value: _is_whole(value, 1),
+    COUNT: lambda value: _is_whole(value, 0, 10**12),
+    SIZE: lambda value: _is_whole(value, 1, 10**12),
     # Four buffers hold a layer's expert tensors, or one tensor's master, gradient and moments: fewer are a crash.
-    BUFFERS: lambda value: _is_whole(value, 4),
+    BUFFERS: lambda value: _is_whole(value, 4, 4096),
+    BYTES: lambda value: _is_whole(value, 1, 2**30),
+    DEPTH: lambda value: _is_whole(value, 1, 4096),  # buffers of a block are made for each
     NUMBER: lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf,
-    TEXT: lambda value: isinstance(value, str),
+    TEXT: lambda value: isinstance(value, str) and value != "" and "\0" not in value,
     BLOCK: lambda value: isinstance(value, Mapping),
     DTYPE: lambda value: value in ("fp32", "bf16"),
     TIER: lambda value: value in TIERS,
@@ -73,7 +78,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "expert_parallel.": {"enabled": FLAG, "autoep_size": SIZE + AUTO},
     "data_types.": {"grad_accum_dtype": DTYPE},
     "aio.": {
-        "block_size": SIZE, "queue_depth": SIZE, "intra_op_parallelism": SIZE, "single_submit": FLAG,
+        "block_size": BYTES, "queue_depth": DEPTH, "intra_op_parallelism": DEPTH, "single_submit": FLAG,
         "overlap_events": FLAG,
     },
     "m6.": {"capacity": CAPACITY, "capacity_factor": NUMBER, "recompute": FLAG},
@@ -146,6 +151,13 @@ class DSConfig:
     accumulation: int
     parameter_tier: str
     optimizer_tier: str
+
+    @property
+    def swap_folders(self) -> set[Path]:
+        """Where NVMe offload keeps what is this run's alone, and worthless after it."""
+        zero = self.values["zero_optimization"]
+        blocks = [zero.get(name, {}) for name in ("offload_param", "offload_optimizer")]
+        return {Path(block["nvme_path"]) for block in blocks if block.get("device") == "nvme"}
 
     @property
     def precision(self) -> str:
@@ -242,8 +254,9 @@ def _is_off(name: str, value: Any) -> bool:
     return value is False or value == {"enabled": False} or (name in OFF_AT_ONE and value is not True and value == 1)
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= least and value % 1 == 0
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and least <= value <= most and value % 1 == 0
 
 
 def _bf16(block: Mapping[str, Any], gpus: int) -> dict[str, Any]:
@@ -337,9 +350,23 @@ def _resolve_nvme(
         needed += int(held * size)
         if zero[name].setdefault("nvme_path", "auto") == "auto":
             zero[name]["nvme_path"] = str(swap)
+        else:
+            zero[name]["nvme_path"] = str(Path(zero[name]["nvme_path"]) / _own_folder(swap))
         _check_folder(name, Path(zero[name]["nvme_path"]), needed)
     if tiers["offload_param"] == "nvme":
+        if world == 1 and (model.layers == 1 or model.share_layers):
+            # "already assigned swap buffer": the next layer's prefetch is the layer itself.
+            raise UserError(
+                "zero_optimization.offload_param.device=nvme: DeepSpeed cannot swap one physical layer on one rank: "
+                "use 2 ranks, or cpu"
+            )
         _resolve_buffers(zero["offload_param"], model, parallel, world)
+
+
+def _own_folder(swap: Path) -> str:
+    """A folder's name of this run alone: DeepSpeed's files have the same names in all runs."""
+    place = swap.absolute()
+    return f"m6-{place.parent.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
 
 
 def _resolve_buffers(settings: dict[str, Any], model: ModelConfig, parallel: int, world: int) -> None:

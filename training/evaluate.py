@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from model.decoding import greedy
-from training.data.batches import Collator
+from training.data.batches import WIDTH_MULTIPLE, Collator
 from training.data.corpus import Corpus
 from training.data.order import random_at, shuffled
 from training.data.tasks import TASKS, Row, Task, View
@@ -64,6 +64,9 @@ class Validation:
 
     def _sample_rows(self, count: int) -> list[int]:
         pool = self.corpus.picture_rows("validation")
+        question = len(self.corpus.tokenizer.encode(ASK_NAME)) + 1
+        if question + WIDTH_MULTIPLE + SAID_AT_MOST > self.collate.model.max_positions:
+            return []  # there is no room for the question, rounded up, and an answer
         return [int(pool[shuffled(i, len(pool), (SEED, "samples"))]) for i in range(min(count, len(pool)))]
 
 

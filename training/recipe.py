@@ -36,9 +36,9 @@ TASK_NAMES = ("caption", "denoise", "image_denoise", "language", "poem", "review
 
 _SHAPE = TypeAdapter(ModelConfig)
 # Products of two stay positions, which are 64-bit integers.
-Count = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
 
 
 def _known_task(name: str) -> str:

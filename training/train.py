@@ -119,7 +119,8 @@ class Training:
     def close(self) -> None:
         self.engine.close()
         if self.rank == 0:
-            shutil.rmtree(self.folder / SWAP, ignore_errors=True)
+            for folder in self.config.swap_folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def evaluate(self) -> None:
         losses = self.validation.losses(self.engine)

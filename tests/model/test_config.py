@@ -70,8 +70,8 @@ def test_sharing_layers_divides_parameters_and_keeps_the_active_ones():
         ({"heads": 5}, "hidden=32 is not divisible by heads=5"),
         ({"k": 9}, "k=9 is more than experts=8"),
         ({"k": 3}, "experts=8 is not divisible into k=3 prototypes"),
-        ({"capacity_factor": 0.0}, "capacity_factor=0.0: must be positive"),
-        ({"capacity_factor": float("nan")}, "capacity_factor=nan: must be positive"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0: must be over 0 and at most 1,000,000"),
+        ({"capacity_factor": float("nan")}, "capacity_factor=nan: must be over 0 and at most 1,000,000"),
     ],
 )
 def test_shapes_that_cannot_be_built_are_refused_in_one_line(change: dict, says: str):

@@ -36,8 +36,9 @@ def refusal(*overrides, world=2, file=CPU, **options):
     with pytest.raises(UserError) as error:
         resolved(*overrides, world=world, file=file, **options)
     message = str(error.value)
-    assert message.startswith(f"{file}: ") and "\n" not in message
-    return message.removeprefix(f"{file}: ")
+    source, _, problem = message.partition(": ")
+    assert source in (file, f"{file} with the changes of ds") and "\n" not in message
+    return problem
 
 
 def ds(key, value):
@@ -124,18 +125,18 @@ def test_unknown_keys_come_with_a_suggestion(key, said):
         ("zero_optimization", "true", "a block of settings"), ("m6", "5", "a block of settings"),
         ("zero_optimization.offload_param", "cpu", "a block of settings"), ("m6.recompute", "1", "true or false"),
         ("m6.recompute", "'yes'", "true or false"), ("bf16.enabled", "'on'", "true or false or auto"),
-        ("train_micro_batch_size_per_gpu", "true", "a whole number from 1"),
-        ("train_micro_batch_size_per_gpu", "auto", "a whole number from 1"),
-        ("train_micro_batch_size_per_gpu", "0", "a whole number from 1"),
-        ("train_micro_batch_size_per_gpu", "1.5", "a whole number from 1"),
-        ("expert_parallel.autoep_size", "true", "a whole number from 1 or auto"),
-        ("expert_parallel.autoep_size", "-1", "a whole number from 1 or auto"),
-        ("zero_optimization.sub_group_size", "'1e9'", "a whole number from 0"),
-        ("zero_optimization.sub_group_size", ".inf", "a whole number from 0"),
-        ("zero_optimization.sub_group_size", ".nan", "a whole number from 0"),
+        ("train_micro_batch_size_per_gpu", "true", "a whole number from 1 to 1e12"),
+        ("train_micro_batch_size_per_gpu", "auto", "a whole number from 1 to 1e12"),
+        ("train_micro_batch_size_per_gpu", "0", "a whole number from 1 to 1e12"),
+        ("train_micro_batch_size_per_gpu", "1.5", "a whole number from 1 to 1e12"),
+        ("expert_parallel.autoep_size", "true", "a whole number from 1 to 1e12 or auto"),
+        ("expert_parallel.autoep_size", "-1", "a whole number from 1 to 1e12 or auto"),
+        ("zero_optimization.sub_group_size", "'1e9'", "a whole number from 0 to 1e12"),
+        ("zero_optimization.sub_group_size", ".inf", "a whole number from 0 to 1e12"),
+        ("zero_optimization.sub_group_size", ".nan", "a whole number from 0 to 1e12"),
         ("zero_optimization.offload_param.device", "disk", "none, cpu, nvme"),
-        ("zero_optimization.offload_param.buffer_count", "3", "a whole number from 4"),
-        ("zero_optimization.offload_optimizer.buffer_count", "3", "a whole number from 4"),
+        ("zero_optimization.offload_param.buffer_count", "3", "a whole number from 4 to 4096"),
+        ("zero_optimization.offload_optimizer.buffer_count", "3", "a whole number from 4 to 4096"),
         ("zero_optimization.offload_param.nvme_path", "5", "text or auto"),
         ("data_types.grad_accum_dtype", "fp16", "fp32 or bf16"), ("communication_data_type", "fp16", "fp32 or bf16"),
         ("m6.capacity", "2x", "1x, kx, none"), ("m6.capacity", "[1x]", "1x, kx, none"),
@@ -250,7 +251,7 @@ def test_expert_parallel_must_divide(parallel, world, overrides, said):
 def test_capacity_comes_from_the_ds_config():
     config = resolved(ds("m6.capacity", "kx"), ds("m6.capacity_factor", 2))
     assert (config.model.capacity, config.model.capacity_factor) == ("kx", 2)
-    assert "m6.capacity_factor=0: must be positive" in refusal(ds("m6.capacity_factor", 0))
+    assert "m6.capacity_factor=0: must be over 0" in refusal(ds("m6.capacity_factor", 0))
     assert resolved(ds("m6", "null")).model == recipe().model_shape()
 
 
@@ -280,8 +281,32 @@ def test_nvme_without_a_path_is_auto(tmp_path):
 
 
 def test_a_path_of_ones_own(tmp_path):
-    config = resolved(ds("zero_optimization.offload_param.nvme_path", tmp_path / "own"), file=NVME, swap=tmp_path)
-    assert config.values["zero_optimization"]["offload_param"]["nvme_path"] == str(tmp_path / "own")
+    """Runs that share it have each a folder of its own there: DeepSpeed's files have the same names in all runs."""
+    own = ds("zero_optimization.offload_param.nvme_path", tmp_path / "own")
+    first, again, other = (resolved(own, file=NVME, swap=tmp_path / name / "swap") for name in ("a", "a", "b"))
+    folders = [Path(c.values["zero_optimization"]["offload_param"]["nvme_path"]) for c in (first, again, other)]
+    assert folders[0] == folders[1] != folders[2]
+    assert all(folder.parent == tmp_path / "own" for folder in folders)
+    assert first.swap_folders == {folders[0], tmp_path / "a" / "swap"}
+
+
+@pytest.mark.parametrize("shape", ["model.layers=1", "model.share_layers=true"])
+def test_one_physical_layer_on_one_rank_is_not_swapped(shape, tmp_path):
+    assert "cannot swap one physical layer on one rank" in refusal(shape, file=NVME, swap=tmp_path, world=1)
+    assert resolved(shape, file=NVME, swap=tmp_path, world=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("aio.queue_depth", 10**9), ("aio.block_size", 1e12), ("zero_optimization.reduce_bucket_size", 1e30),
+        ("zero_optimization.offload_param.buffer_count", 1e30), ("zero_optimization.offload_param.nvme_path", "a\0b"),
+        ("zero_optimization.offload_param.nvme_path", ""), ("m6.capacity_factor", 1e20),
+    ],
+)  # fmt: skip
+def test_what_would_take_all_memory_or_crash_is_refused(key, value, tmp_path):
+    text = json.dumps(value) if isinstance(value, str) else value
+    assert key.rpartition(".")[2] in refusal(ds(key, text), file=NVME, swap=tmp_path)
 
 
 def test_a_buffer_that_is_too_small(tmp_path):

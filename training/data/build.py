@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from training.data import corpus
 from training.data.features import (
@@ -56,7 +56,8 @@ def build_corpus(
     with phase("tokenizer", seconds), working("tokenizer"):
         train_tokenizer(_tokenizer_lines(pictures, texts), folder / corpus.TOKENIZER, vocab_size)
     with phase("features", seconds):
-        save_file(network.state_dict(), folder / corpus.FEATURE_NETWORK)
+        # Not by `save_file`, whose files are for their owner alone.
+        (folder / corpus.FEATURE_NETWORK).write_bytes(save(network.state_dict()))
         _write_features(folder, pictures)
     with phase("checksums", seconds):
         _write_manifest(folder, pictures, texts, sources, log)

@@ -115,13 +115,27 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = manifest["format"]
+        if found == FORMAT:
+            _check_manifest(manifest)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no corpus there; run `m6 data fetch --dir {folder.parent}`") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); run `m6 data fetch --dir {folder.parent}`") from error
     if found != FORMAT:
         raise UserError(f"{folder}: corpus of format {found}, this program reads {FORMAT}; run `m6 data fetch`")
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError for one that does not say what is relied on."""
+    if not isinstance(manifest["fingerprint"], str):
+        raise TypeError("fingerprint")
+    entries = manifest["files"]
+    for name in (TOKENIZER, FEATURES, FEATURE_NETWORK):
+        entries[name]
+    for name, entry in entries.items():
+        if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+            raise TypeError(name)
 
 
 def _load(folder: Path) -> Dataset:

@@ -104,3 +104,15 @@ def test_manifest_says_what_is_in_it(sample_corpus):
     assert sum(manifest["pictures"]["A"].values()) == 60 and sum(manifest["pictures"]["C"].values()) == 30
     assert manifest["tokenizer_sha256"] == sample_corpus.tokenizer.sha256
     sample_corpus.verify()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"files": None}, {"files": ["a"]}, {"files": {}}, {"files": {"tokenizer.model": {}}}, {"fingerprint": None}],
+)
+def test_a_manifest_that_lacks_something_is_damaged(copy, change):
+    manifest_path = copy / corpus.FOLDER / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    manifest_path.write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match=r"manifest.json: damaged .*m6 data fetch"):
+        Corpus.open(copy)
