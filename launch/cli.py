@@ -51,7 +51,23 @@ def show(folder: Path) -> None:
 @click.option("--name", help="The run's folder is runs/NAME; the recipe's file name if not given.")
 @click.option("--data", "folder", type=PATH, help="The data's home; the recipe's `data` if not given.")
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--allow-change", metavar="KEY", multiple=True, help="Resume though this key of the recipe differs.")
 @click.option("--ranks", type=click.IntRange(min=1), help="Processes; one a GPU, or 2 on the CPU, if not given.")
+@click.option("--supervise", is_flag=True, help="Go on by itself from the last checkpoint after a crash or a hang.")
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="With --supervise: how often in a row, without a step more than before.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="With --supervise: seconds to save and leave on request.",
+)
 @click.option("--dry-run", is_flag=True, help="Check the settings and print what would run; start nothing.")
 def train(
     recipe: Path,
@@ -59,13 +75,22 @@ def train(
     name: str | None,
     folder: Path | None,
     resume: bool,
+    allow_change: tuple[str, ...],
     ranks: int | None,
+    supervise: bool,
+    restarts: int,
+    grace: float,
     dry_run: bool,
 ) -> int:
-    """Train on this machine; KEY=VALUE overrides any key of the recipe, such as optimizer.lr=3e-4."""
-    from launch.run import TrainingRun, launch
+    """Train on this machine; KEY=VALUE overrides any key of the recipe, such as optimizer.lr=3e-4.
 
-    return launch(TrainingRun(recipe, overrides, name or recipe.stem, folder, resume), ranks, dry_run)
+    Ctrl-C, SIGTERM or SIGUSR1 saves and ends with exit code 75; a second one ends at once.
+    """
+    from launch.run import TrainingRun, launch
+    from launch.supervisor import Supervision
+
+    run = TrainingRun(recipe, overrides, name or recipe.stem, folder, resume, allow_change)
+    return launch(run, ranks, dry_run, Supervision(restarts, grace) if supervise else None)
 
 
 @m6.command()
@@ -75,6 +100,40 @@ def report(run: str) -> None:
     from launch.report import report_on
 
     report_on(run)
+
+
+@m6.command()
+@click.argument("run")
+@click.option("--step", type=click.IntRange(min=0), help="Only the checkpoint of this step.")
+def verify(run: str, step: int | None) -> int:
+    """Check every file of a run's checkpoints. RUN: a name under runs/, or the folder of a run or a checkpoint.
+
+    Exit codes: 0 if all are whole, 1 if something is damaged, 2 if there is nothing to check.
+    """
+    _without_gpu()
+    from launch.checkpoints import verify_run
+
+    return verify_run(run, step)
+
+
+@m6.command()
+@click.argument("run")
+@click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step; the newest if not given.")
+@click.option("--to", "target", type=PATH, help="The new folder; exports/step-N in the run's if not given.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
+@click.option("--shard-size", default="5GB", show_default=True, help="A file's size at the most.")
+@click.option("--data", type=PATH, help="The data's home; that of the run's recipe if not given.")
+def export(run: str, step: int | None, target: Path | None, dtype: str, shard_size: str, data: Path | None) -> None:
+    """Write a checkpoint's weights as safetensors, for inference. RUN: as for `m6 verify`."""
+    _without_gpu()
+    from launch.checkpoints import export_run
+
+    export_run(run, step, target, dtype, shard_size, data)
+
+
+def _without_gpu() -> None:
+    """For verbs that handle files alone: DeepSpeed, when imported, would look for a GPU and tell what it found."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @m6.command()
@@ -97,7 +156,8 @@ def doctor(as_json: bool) -> int:
 def main() -> None:
     """Run the command; every expected failure is one line on stderr.
 
-    Exit codes: 0 done, 1 a failure of ours, 2 a mistake that the user can mend, 130 stopped by Ctrl-C.
+    Exit codes: 0 done, 1 a failure of ours, 2 a mistake that the user can mend, 75 a training that was asked to stop,
+    and saved, 130 anything else that Ctrl-C stopped.
     """
     try:
         os.getcwd()

@@ -1,5 +1,6 @@
 """`m6 train`: the training program as ranks of DeepSpeed's launcher on this machine."""
 
+import base64
 import json
 import os
 import shlex
@@ -8,17 +9,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from launch import operators
-from launch.processes import STOPPED, first_rank_to_fail, forwarding
+from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
+from launch.supervisor import Supervision, Supervisor
 from training.ds_config import DSConfig, default_path, resolve
-from training.errors import UserError
+from training.errors import LEFT, MISTAKE, UserError
 from training.machine import usable_cores
 from training.recipe import Recipe, load_recipe
-from training.run import SWAP, open_run
+from training.run import CHECKPOINTS, SWAP, open_run
 
 CPU_RANKS = 2  # so that expert parallelism is at work on any machine
 
@@ -43,6 +46,7 @@ class TrainingRun:
     name: str = "run"
     data: Path | None = None
     resume: bool = False
+    allow_change: tuple[str, ...] = ()  # keys of the recipe, on resume
 
     def arguments(self) -> list[str]:
         arguments = ["--recipe", str(self.recipe), "--name", self.name]
@@ -50,6 +54,8 @@ class TrainingRun:
             arguments += ["--data", str(self.data)]
         if self.resume:
             arguments.append("--resume")
+        for key in self.allow_change:
+            arguments += ["--allow-change", key]
         return [*arguments, *self.overrides]
 
 
@@ -63,10 +69,11 @@ class Plan(NamedTuple):
     config_path: Path
 
 
-def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False) -> int:
+def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False, supervision: Supervision | None = None) -> int:
     """Check the recipe, start the ranks, wait for them; the exit code to end with.
 
-    `ranks` None is a rank a GPU, or CPU_RANKS without one. Raises UserError for mistakes seen before that.
+    `ranks` None is a rank a GPU, or CPU_RANKS without one. With `supervision` a run that fails is started again.
+    Raises UserError for mistakes seen before that.
     """
     gpus = count_gpus()
     if gpus and ranks is not None and ranks > gpus:
@@ -74,19 +81,26 @@ def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False) -> int:
     asked, ranks = ranks, ranks or gpus or CPU_RANKS
     plan = check(run, ranks, gpus)
     if dry_run:
-        show(plan, ranks)
-        chosen = ["--ranks", str(asked)] if asked else []
+        show(plan, ranks, run.resume)
+        chosen = [*(["--ranks", str(asked)] if asked else []), *(supervision.options() if supervision else [])]
         print(f"nothing was started; to start it: {shlex.join(['m6', 'train', *chosen, *run.arguments()])}")
         return 0
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, ranks, on_gpu=gpus > 0)
-    return explain(*supervise(launcher_command(run, ranks, gpu_numbers(gpus)), environment, ranks))
+    start = partial(start_ranks, run, ranks, gpu_numbers(gpus), environment)
+    if supervision:
+        code = Supervisor(start, plan.folder, ranks, supervision).run(run.resume)
+    else:
+        code = explain(*attend(start(run.resume), ranks))
+    if code == 0:
+        print(f"done: {plan.folder}; see it by: m6 report {run.name}")
+    return code
 
 
 def check(run: TrainingRun, ranks: int, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
     recipe = load_recipe(run.recipe, list(run.overrides))
-    folder = open_run(run.name, recipe, run.resume)
+    folder = open_run(run.name, recipe, run.resume, run.allow_change)
     data = run.data or Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
@@ -94,9 +108,9 @@ def check(run: TrainingRun, ranks: int, gpus: int) -> Plan:
     return Plan(recipe, folder, data, resolve(recipe, ranks, gpus, folder / SWAP), config_path)
 
 
-def show(plan: Plan, ranks: int) -> None:
+def show(plan: Plan, ranks: int, resume: bool) -> None:
     """Print what would run."""
-    facts = recipe_facts(plan) | layout_facts(plan.config, ranks)
+    facts = recipe_facts(plan) | (resume_facts(plan) if resume else {}) | layout_facts(plan.config, ranks)
     for name, value in facts.items():
         print(f"{name:14} {value}")
 
@@ -117,6 +131,21 @@ def recipe_facts(plan: Plan) -> dict[str, str]:
         "evaluation": f"first, every {evaluation.every:,} steps, and last, on {evaluation.rows:,} rows a task",
         "checkpoint": f"every {recipe.save_every:,} steps, and last; the newest {recipe.keep} are kept",
         "ds_config": f"{plan.config_path}{changes}",
+    }
+
+
+def resume_facts(plan: Plan) -> dict[str, str]:
+    """Where it would go on."""
+    from training import checkpoint  # with torch, whose import takes seconds
+
+    saved = checkpoint.steps(plan.folder / CHECKPOINTS)
+    if not saved:
+        return {"resume": "from the start: nothing is saved yet"}
+    left = plan.recipe.steps - saved[-1]
+    rest = f"{left:,} steps are left" if left > 0 else "nothing is left to do, unless steps is raised"
+    return {
+        "evaluation": f"every {plan.recipe.evaluation.every:,} steps, and last",
+        "resume": f"after step {saved[-1]:,}; {rest}",
     }
 
 
@@ -155,16 +184,26 @@ def gpu_numbers(gpus: int) -> list[str]:
     return numbers
 
 
+def start_ranks(
+    run: TrainingRun, ranks: int, gpus: list[str], environment: Mapping[str, str], resume: bool
+) -> subprocess.Popen:
+    """The launcher of the run, in a session of its own, which its ranks share."""
+    command = launcher_command(replace(run, resume=resume), ranks, gpus)
+    return subprocess.Popen(command, env=dict(environment), start_new_session=True)
+
+
 def launcher_command(run: TrainingRun, ranks: int, gpus: list[str]) -> list[str]:
-    """DeepSpeed's launcher with this Python, on this machine alone."""
-    devices = ["--num_accelerators", str(ranks)]
-    if gpus:
-        devices = ["--include", f"localhost:{','.join(gpus[:ranks])}"]
+    """DeepSpeed's launcher of one machine's ranks, with this Python.
+
+    What `deepspeed` itself starts on each machine; starting it directly saves seconds of imports.
+    """
+    devices = [int(gpu) for gpu in gpus[:ranks]] or list(range(ranks))
+    machines = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     return [
-        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *(sys.executable, "-m", "deepspeed.launcher.launch"),
         *("--log_level", "info" if os.environ.get("M6_DEBUG") else "critical"),
-        *devices,
-        *("--master_port", str(free_port())),
+        f"--world_info={machines}",
+        f"--master_port={free_port()}",
         *("--no_local_rank", "--module", "training.train"),
         *run.arguments(),
     ]
@@ -193,32 +232,32 @@ def rank_environment(base: Mapping[str, str], ranks: int, on_gpu: bool) -> dict[
     return environment
 
 
-def supervise(command: list[str], environment: Mapping[str, str], ranks: int) -> tuple[int, int | None]:
-    """Run the launcher to its end.
+def attend(launcher: subprocess.Popen, ranks: int) -> tuple[int, int | None]:
+    """Wait for the launcher's end.
 
-    Returns its exit code, or 128 + the number of a signal that stopped us, and the rank that failed first, if known.
+    Returns its exit code, or 128 + the number of a signal that stopped us before the ranks could save, and the rank
+    that failed first, if known.
     """
-    process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
-    # Not to the launcher's outer process: it ends after the others, but would not wait for them if told.
-    with forwarding(process, to_root=False) as received:
-        failed = first_rank_to_fail(process, ranks)
-        code = process.wait()
-    return 128 + received[0] if received else code, failed
+    # Not to the launcher itself: it ends after the others, but would kill those that save for long.
+    with forwarding(launcher, to_root=False) as received, Ranks(launcher, ranks) as started:
+        failed = first_rank_to_fail(started)
+        code = launcher.wait()
+    return 128 + received[0] if received and code not in (0, MISTAKE, LEFT) else code, failed
 
 
 def explain(code: int, failed: int | None) -> int:
     """Say why training ended, where the ranks could not; returns the exit code to end with.
 
-    The launcher turns a rank that a signal killed into 256 - signal. Code 2 was explained by a rank.
+    The launcher turns a rank that a signal killed into 256 - signal. MISTAKE and LEFT were explained by a rank.
     """
     rank = "a rank" if failed is None else f"rank {failed}"
     if code in STOPPED:
-        print("m6: stopped", file=sys.stderr)
+        print("m6: stopped before it could save", file=sys.stderr)
     elif code < 0 or code > 192:
         killer = signal.Signals(-code if code < 0 else 256 - code)
         hint = "; most likely memory ran out" if killer == signal.SIGKILL else ""
         print(f"m6: {rank} was killed by {killer.name}{hint}", file=sys.stderr)
         return 1
-    elif code not in (0, 2):
+    elif code not in (0, MISTAKE, LEFT):
         print(f"m6: {rank} failed (code {code}); its own message is above", file=sys.stderr)
     return code

@@ -8,7 +8,8 @@ layer's experts on every rank. So the model builds its local experts itself, tag
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class StepResult:
     """What one step did, summed over all ranks (the losses, counts) or of the global step (norm)."""
 
     loss: float  # nats a target
+    skipped: bool  # the loss or a gradient was not finite on some rank, and no state has changed on any
     targets: int
     tokens: int  # valid positions through the trunk
     grad_norm: float
@@ -76,6 +78,7 @@ class Engine:
         )
         self.model = model
         self.device = torch.device(get_accelerator().current_device_name())
+        self.before_batch: Callable[[], None] = lambda: None  # collective; may give up the step under way by raising
         gc.collect()  # the fp32 initial weights that zero.Init's closures still hold
 
     @property
@@ -87,6 +90,9 @@ class Engine:
 
         The loss of a step is the summed target loss over the step's global number of targets, so it does not
         depend on how the rows fall to ranks and micro-batches.
+
+        A step whose loss or gradient is not finite on any rank is skipped on all: weights, moments, Adam's step and
+        its beta products stay as they are, to the bit.
         """
         assert len(batches) == self.config.accumulation
         batches = [{key: value.to(self.device, non_blocking=True) for key, value in b.items()} for b in batches]
@@ -98,13 +104,31 @@ class Engine:
         self.deepspeed.train()
         losses, counts = [], []
         for batch in batches:
+            self.before_batch()
             out = self.deepspeed(batch)
-            loss = out["loss_B"].sum() / max(targets, 1) + out["auxiliary"] / max(tokens, 1)
-            self.deepspeed.backward(loss * shares)
-            self.deepspeed.step()
             losses.append(out["loss_B"].detach())
             counts.append(out["counts"])
-        return self._result(batches, losses, counts, targets, tokens)
+            loss = out["loss_B"].sum() / max(targets, 1) + out["auxiliary"] / max(tokens, 1)
+            if len(losses) == len(batches):
+                total = self._total(losses)
+                # DeepSpeed skips a step whose gradient norm, which all ranks share, is not finite. A loss that is not
+                # finite need not show in the gradient, so it is made to.
+                loss = loss * torch.where(total.isfinite(), 1.0, math.nan).to(loss)
+            self.deepspeed.backward(loss * shares)
+            self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            self._flush_gradients()
+        return self._result(batches, losses, counts, total, targets, tokens)
+
+    def _flush_gradients(self) -> None:
+        """Let the gradients of a skipped step be written out to NVMe, if they live there.
+
+        They wait in buffers until the update would read them. Left there, they and the next step's could be written
+        to the same files at once, in either order.
+        """
+        optimizer = self.deepspeed.optimizer
+        if optimizer.swap_optimizer:
+            optimizer.optimizer_swapper.flush_gradients()
 
     def _global_counts(self, batches: Iterable[Batch]) -> tuple[int, int]:
         patches = self.config.model.image_patches
@@ -117,22 +141,32 @@ class Engine:
         targets, tokens = counts.tolist()
         return targets, tokens
 
-    def _result(
-        self, batches: Sequence[Batch], losses: list[Tensor], counts: list[Tensor], targets: int, tokens: int
-    ) -> StepResult:
-        rows_loss = torch.cat(losses)
-        total = rows_loss.sum(dtype=torch.float64)[None]
+    def _total(self, losses: list[Tensor]) -> Tensor:
+        """The summed loss of all ranks' rows, fp64."""
+        total = torch.cat(losses).sum(dtype=torch.float64)
         dist.all_reduce(total)
+        return total
+
+    def _result(
+        self,
+        batches: Sequence[Batch],
+        losses: list[Tensor],
+        counts: list[Tensor],
+        total: Tensor,
+        targets: int,
+        tokens: int,
+    ) -> StepResult:
         routing = torch.stack(counts).sum(0)
         dist.all_reduce(routing)
         rows_targets = torch.cat([(b["labels_BT"] >= 0).sum(1) for b in batches])
         norm = self.deepspeed.get_global_grad_norm()
         return StepResult(
             loss=total.item() / max(targets, 1),
+            skipped=not self.deepspeed.was_step_applied(),
             targets=targets,
             tokens=tokens,
             grad_norm=float(norm) if norm is not None else float("nan"),
-            rows_loss=rows_loss.cpu(),
+            rows_loss=torch.cat(losses).cpu(),
             rows_targets=rows_targets.cpu(),
             routing=routing.cpu(),
         )
@@ -140,6 +174,7 @@ class Engine:
     @torch.no_grad()
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss and number of targets of each row, nothing dropped. Collective: equal shapes on all ranks."""
+        self.before_batch()
         self.deepspeed.eval()
         out = self.deepspeed({key: value.to(self.device) for key, value in batch.items()})
         return out["loss_B"].cpu(), out["targets_B"].cpu()
@@ -147,6 +182,7 @@ class Engine:
     @torch.no_grad()
     def next_logits(self, batch: Batch) -> Tensor:
         """Logits [B, V] after each row's last position, on the CPU. Collective, as `losses`."""
+        self.before_batch()
         self.deepspeed.eval()
         return self.deepspeed({key: value.to(self.device) for key, value in batch.items()})["logits_BV"].cpu()
 

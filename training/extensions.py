@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import cpuinfo
 import psutil
 
 COMPILERS = {"ninja", "c++", "g++", "cc1plus", "nvcc", "cudafe++"}
@@ -29,6 +35,19 @@ def prepare_extensions() -> None:
     clear_stale_locks(extension_root())
 
 
+def spare_slow_starts() -> None:
+    """Keep DeepSpeed from what takes a rank seconds at each start, and serves nothing here.
+
+    ZeRO-3 imports the Muon optimizer, which at once asks torch to compile three functions: that imports the whole
+    compiler. And CPU Adam asks py-cpuinfo three times, which starts processes each time.
+    """
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compile_whole, compiler.compile = compiler.compile, lambda: lambda function: function
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    compiler.compile = compile_whole
+
+
 def clear_stale_locks(root: Path) -> list[Path]:
     """Remove locks that nobody can be holding: older than a load takes, and no compiler at work beside them.
 
@@ -38,6 +57,26 @@ def clear_stale_locks(root: Path) -> list[Path]:
     for lock in stale:
         lock.unlink(missing_ok=True)
     return stale
+
+
+def clear_orphaned_locks(root: Path, since: float) -> list[Path]:
+    """Remove locks that were made after `since` (wall time) and that no process has open. Returns what went.
+
+    To be called when the processes that may have made them were killed: whoever holds a lock keeps its file open.
+    """
+    made = [lock for lock in root.glob("*/lock") if time.time() - _age(lock) >= since]
+    opened = set(_open_files()) if made else set()
+    orphaned = [lock for lock in made if str(lock.resolve()) not in opened]
+    for lock in orphaned:
+        lock.unlink(missing_ok=True)
+    return orphaned
+
+
+def _open_files() -> Iterator[str]:
+    """Of all processes that may be looked into."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            yield from (file.path for file in process.open_files())
 
 
 def _compiling(folder: Path) -> bool:

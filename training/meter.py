@@ -38,6 +38,11 @@ class Meter:
         """What a resumed run goes on from."""
         return {"tokens": self.tokens, "joules": self._joules()}
 
+    def go_back(self, counters: dict[str, Any]) -> None:
+        """Go on from a checkpoint's counters; the energy that was spent since stays spent."""
+        self.tokens, self.window = counters["tokens"], None
+        self.restart_clock()
+
     def record(self, result: StepResult, tasks: Sequence[str], position: int, lr: float) -> dict[str, Any]:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now

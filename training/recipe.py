@@ -43,7 +43,7 @@ Weight = Annotated[float, Field(ge=0, le=1e9)]
 
 def _known_task(name: str) -> str:
     if name not in TASK_NAMES:
-        raise ValueError(f"is unknown{_nearest(name, TASK_NAMES)}")
+        raise ValueError(f"is unknown{nearest(name, TASK_NAMES)}")
     return name
 
 
@@ -84,6 +84,22 @@ class Tracking(Section):
     project: str = "m6"
 
 
+class Spike(Section):
+    """A loss so far over the usual that the run goes back to its last checkpoint and passes over what it saw since."""
+
+    factor: float = Field(0.0, ge=0)  # over the median loss of the last `window` steps; 0 is off
+    window: int = Field(50, ge=1)
+    after: int = Field(100, ge=0)  # steps from the start, in which nothing is taken for a spike
+    rollbacks: int = Field(3, ge=1)  # in a run; at the next spike it stops
+
+    @field_validator("factor")
+    @classmethod
+    def _over_the_usual(cls, factor: float) -> float:
+        if 0 < factor <= 1:
+            raise ValueError("must be over 1, or 0 (off)")
+        return factor
+
+
 class Recipe(Section):
     model: dict[str, Any]  # {preset: NAME, and any ModelConfig field}
     ds_config: str = "auto"  # a path, or `auto`: by what this machine has
@@ -99,7 +115,11 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     save_every: int = Field(500, ge=1)
+    save_buffer: int = Field(2**30, ge=2**24)  # bytes of host memory a rank that a save may take for its copy
     keep: int = Field(2, ge=1)  # newest checkpoints kept
+    keep_every: int = Field(0, ge=0)  # steps: of these multiples every checkpoint is kept (0: none)
+    skips: int = Field(10, ge=1)  # steps in a row, skipped for a loss or gradient that is not finite, that end a run
+    spike: Spike = Spike()
 
     @field_validator("model", mode="before")
     @classmethod
@@ -126,13 +146,13 @@ class Recipe(Section):
         fields = dict(self.model)
         preset = fields.pop("preset", None)
         if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
-            raise ValueError(f"model.preset={preset!r} is unknown{_nearest(str(preset), PRESETS)}")
+            raise ValueError(f"model.preset={preset!r} is unknown{nearest(str(preset), PRESETS)}")
         known = [field.name for field in dataclasses.fields(ModelConfig)]
         for name in fields:
             if name in DS_CONFIG_KEYS:
                 raise ValueError(f"model.{name}: capacity is set in the ds_config (ds.m6.{name}=…)")
             if name not in known:
-                raise ValueError(f"model.{name} is unknown{_nearest(name, known)}")
+                raise ValueError(f"model.{name} is unknown{nearest(name, known)}")
         base = dataclasses.asdict(PRESETS[preset].config) if preset else {}
         try:
             shape = _SHAPE.validate_python(base | fields)
@@ -257,7 +277,7 @@ def _first_problem(error: ValidationError, schema: dict[str, Any]) -> str:
         return f"{_dotted(place)} is missing{hint}"
     if kind in ("extra_forbidden", "invalid_key"):
         names = _schema_at(schema, place[:-1])["properties"]
-        return f"{_dotted(place)} is unknown{_nearest(str(place[-1]), names)}"
+        return f"{_dotted(place)} is unknown{nearest(str(place[-1]), names)}"
     own = str(problem["ctx"]["error"]) if kind == "value_error" else ""
     if place[-1:] == ("[key]",):
         return f"{_dotted(place[:-1])} {own or 'is no name: names are text'}"
@@ -311,6 +331,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

@@ -219,6 +219,8 @@ def machine_figures(steps: list[Record]) -> list[Figure]:
     }
     wanted = []
     for key, title in titles.items():
+        if not any(line.get(key) for line in steps):
+            continue  # such as a device's memory, on a CPU
         unit = 1e9 if key.startswith("memory/") else 1.0
         wanted.append((title, [curve(steps, key, "training", unit=unit)]))
     return figures(wanted, from_zero=True)

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,28 +15,34 @@ import yaml
 from model.config import ModelConfig
 from training.ds_config import DSConfig
 from training.errors import UserError
-from training.recipe import Recipe, parse_recipe, read_mapping
+from training.recipe import Recipe, nearest, parse_recipe, read_mapping, shown
 
 FOLDER = Path("runs")
 RECIPE, DS_CONFIG, CHECKPOINTS, SWAP, LOCK = "recipe.yaml", "ds_config.json", "checkpoints", "swap", ".lock"
+RANKS, INCIDENTS = ".ranks", "incidents"  # how far each rank is; what a supervisor saw
 
 # What a resumed run may do otherwise: go on longer, elsewhere, watched differently. The ds_config may change too, and
 # with it the micro-batches and the capacity, on which dropping depends.
-CHANGEABLE = {"steps", "ds_config", "ds", "data", "evaluation", "tracking", "save_every", "keep"}
+SAVING = {"save_every", "save_buffer", "keep", "keep_every"}
+BAD_STEPS = {"skips", "spike"}
+CHANGEABLE = {"steps", "ds_config", "ds", "data", "evaluation", "tracking", *SAVING, *BAD_STEPS}
 
 
-def open_run(name: str, recipe: Recipe, resume: bool, root: Path = FOLDER) -> Path:
+def open_run(name: str, recipe: Recipe, resume: bool, allowed: Sequence[str] = (), root: Path = FOLDER) -> Path:
     """The run's folder, new, or with --resume the old one of the same recipe. Raises UserError.
 
+    `allowed` are keys, such as `optimizer` or `optimizer.lr`, that may differ though they are not CHANGEABLE.
     Writes nothing: a refused run leaves what is there as it was.
     """
+    if allowed and not resume:
+        raise UserError(f"--allow-change {allowed[0]}: only a resumed run has something to change; add --resume")
     if not re.fullmatch(r"\w[\w.+=-]{0,59}", name):
         raise UserError(f"--name {name!r}: must be a plain folder name of at most 60 letters, digits, . _ + = -")
     folder = root / name
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{folder}: cannot be written to; start where it can, or mount it for writing")
-    if not folder.exists():
+    if not _begun(folder):
         if resume:
             raise UserError(f"{folder}: no such run to resume")
         return folder
@@ -45,11 +51,52 @@ def open_run(name: str, recipe: Recipe, resume: bool, root: Path = FOLDER) -> Pa
     if not (folder / RECIPE).exists():
         raise UserError(f"{folder}: no run there ({RECIPE} is missing)")
     earlier = parse_recipe(read_mapping(folder / RECIPE), [], str(folder / RECIPE))
-    wanted = recipe.model_dump()
-    for key, value in earlier.model_dump().items():
-        if key not in CHANGEABLE and value != wanted[key]:
-            raise UserError(f"{key}: {folder} was started with {value}, not {wanted[key]}")
+    check_unchanged(earlier, recipe, allowed, str(folder))
     return folder
+
+
+def check_unchanged(earlier: Recipe, recipe: Recipe, allowed: Sequence[str], started: str) -> None:
+    """Refuse a recipe with which what was `started` with the earlier one would become another run. Raises UserError."""
+    was, now = _leaves(earlier), _leaves(recipe)
+    for key in allowed:
+        if not any(_part_of(known, key) for known in {**was, **now}):
+            raise UserError(f"--allow-change {key}: the recipe has no such key{nearest(key, {**was, **now})}")
+    changed = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    refused = [key for key in changed if not any(_part_of(key, free) for free in (*CHANGEABLE, *allowed))]
+    if refused:
+        diff = "; ".join(f"{key}: was {_value(was, key)}, now {_value(now, key)}" for key in refused)
+        ways = " ".join(f"--allow-change {key}" for key in refused)
+        raise UserError(f"{started} has another recipe ({diff}): give it as it was, or {ways}")
+
+
+def _leaves(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values by their keys in full, such as `optimizer.lr`."""
+
+    def walk(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{before}{key}.")
+            else:
+                yield f"{before}{key}", value
+
+    return dict(walk(recipe.model_dump(), ""))
+
+
+def _part_of(key: str, whole: str) -> bool:
+    return key == whole or key.startswith(f"{whole}.")
+
+
+def _value(leaves: Mapping[str, Any], key: str) -> str:
+    return shown(leaves[key]) if key in leaves else "not there"
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is a run, or anything else; not only what one leaves that was killed as it started."""
+    if not folder.exists():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    left = {DS_CONFIG, INCIDENTS, f"{INCIDENTS}.jsonl"}
+    return not names or not all(name.startswith(".") or name in left for name in names)
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -96,8 +143,15 @@ def record_settings(folder: Path, recipe: Recipe, config: DSConfig) -> None:
     """Write the resolved recipe and ds_config into the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
-    (folder / RECIPE).write_text(text, encoding="utf-8")
-    (folder / DS_CONFIG).write_text(json.dumps(config.values, indent=1), encoding="utf-8")
+    _replace(folder / DS_CONFIG, json.dumps(config.values, indent=1))
+    _replace(folder / RECIPE, text)  # last: with it the run has begun
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_settings(folder: Path) -> tuple[Recipe, dict[str, Any]]:

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -27,9 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from training.errors import UserError
 from training.recipe import Recipe
 
+if TYPE_CHECKING:  # a report needs no torch
+    from training.checkpoint import Outcome
+
 Record = dict[str, Any]
 
-LAST = ("step", "position", "tokens", "lr")  # states and running totals
+LAST = ("step", "position", "tokens", "lr", "skipped_steps")  # states and running totals
 RATES = ("tokens_per_second", "flops_utilization")  # per second: a long step weighs more
 WANDB_MODES = ("online", "offline", "disabled")
 WANDB_SECONDS = 60  # that wandb may take to start, and to finish
@@ -74,14 +77,14 @@ class Tracker:
     ):
         """`facts` (flat) are shown and kept; `state` is an earlier tracker's `state()`, from the checkpoint.
 
-        Lines of `metrics.jsonl` after `start_step`, which a crashed run left, are dropped.
+        Lines of `metrics.jsonl` after `start_step`, which a crashed run left, are dropped; all, in a new run.
         """
         mode = wandb_mode(recipe)
         run.mkdir(parents=True, exist_ok=True)
         self._run, self._recipe = run, recipe
         self._window: list[Record] = list(state["window"]) if state else []
         self._time_left = TimeLeft(recipe.steps, recipe.evaluation.every)
-        keep_lines(run / "metrics.jsonl", start_step)
+        keep_lines(run / "metrics.jsonl", start_step if start_step or state else -1)
         self._metrics = (run / "metrics.jsonl").open("a", encoding="utf-8")
         known = {"wandb": secrets.token_hex(4)} | read_json(run / "run.json", {}) | (state or {})
         self._about = {"facts": facts, "wandb": known["wandb"]}
@@ -144,6 +147,27 @@ class Tracker:
         self._write({"step": step, "event": kind, "text": text})
         self._screen.say(f"step {step}: {kind}{f': {text}' if text else ''}")
 
+    def go_back(self, step: int, state: Record) -> None:
+        """Go on after an earlier step, whose checkpoint has `state`: the lines of the steps after it are dropped.
+
+        wandb keeps what it was sent, and takes up again where the run gets beyond it.
+        """
+        self._metrics.close()
+        keep_lines(self._run / "metrics.jsonl", step)
+        self._metrics = (self._run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._window = list(state["window"])
+
+    def saved(self, outcome: Outcome) -> None:
+        """Record what became of a save: its stall and its time are metrics, a failure is an event."""
+        times = {"save/stall_seconds": outcome.stall_seconds, "save/write_seconds": outcome.write_seconds}
+        size, speed = outcome.bytes / 1e6, outcome.bytes / 1e6 / outcome.write_seconds
+        text = outcome.error or (
+            f"checkpoint of {size:,.0f} MB in {outcome.write_seconds:.1f} s ({speed:,.0f} MB/s), "
+            f"training stood still for {outcome.stall_seconds:.2f} s"
+        )
+        self._write({"step": outcome.step, "event": "not saved" if outcome.error else "saved", "text": text, **times})
+        self._screen.say(f"step {outcome.step}: {'NOT SAVED: ' if outcome.error else 'saved, '}{text}")
+
     def close(self, summary: Record) -> None:
         """Keep the run's closing figures, end the live line, finish wandb and its service."""
         self._about["summary"] = clean(summary)
@@ -195,8 +219,8 @@ def clean(values: Record) -> Record:
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Drop from a metrics file the lines after `step` (all, at step 0) and a line that a crash tore."""
-    kept = [line for line in read_lines(path) if step > 0 and line["step"] <= step]
+    """Drop from a metrics file the lines after `step` and a line that a crash tore."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
     if path.exists():
         _replace(path, text)
@@ -428,8 +452,8 @@ def _start_wandb(mode: Any, options: Record) -> Any:
 def _log(page: Any, step: int, values: Record) -> None:
     # What a crashed run had sent beyond its checkpoint is on the page already, and the same to the bit. Steps
     # are wandb's own, not a metric, so that the pieces of a run that was resumed offline are disjoint.
-    if step >= page.step:
-        page.log(values, step=step)
+    if step >= page.step or "event" in values:
+        page.log(values, step=max(step, page.step))
 
 
 def _finish_wandb(page: Any, exit_code: int) -> None:

@@ -33,7 +33,7 @@ def main() -> None:
     if ending == "soon":
         time.sleep(2)
     if ending in ("killed", "wait"):
-        signal.signal(signal.SIGTERM, lambda *_: (folder / f"{rank}.saved").touch() or sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: (folder / f"{rank}.saved").touch() or sys.exit(75))
         time.sleep(60)
 
 

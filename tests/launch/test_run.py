@@ -1,5 +1,6 @@
 """`m6 train`: what the ranks are given, and how they end."""
 
+import base64
 import json
 import os
 import signal
@@ -21,16 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # `m6 train` from its command on, with the stand-in for the training program.
 PROGRAM = """
-import os, signal, sys
+import os, signal, subprocess, sys
 from pathlib import Path
-from launch.run import TrainingRun, explain, launcher_command, rank_environment, supervise
+from launch.run import TrainingRun, attend, explain, launcher_command, rank_environment
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 ranks, folder, ending = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 run = TrainingRun(Path("r.yaml"), ("a.b=1", folder, ending), "n")
 command = launcher_command(run, ranks, [])
 command[command.index("training.train")] = "tests.launch.rank_program"
-sys.exit(explain(*supervise(command, rank_environment(os.environ, ranks, on_gpu=False), ranks)))
+environment = rank_environment(os.environ, ranks, on_gpu=False)
+sys.exit(explain(*attend(subprocess.Popen(command, env=environment, start_new_session=True), ranks)))
 """
 
 
@@ -88,26 +90,28 @@ def test_hang_up_is_ignored_where_it_was(tmp_path):
     assert (process.returncode, output, errors) == (0, "", "")
 
 
-def test_interrupt_lets_the_ranks_save_and_ends_everything(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_request_lets_the_ranks_save_and_ends_everything(tmp_path, number):
     process = start(2, tmp_path, "wait")
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)  # until the ranks listen
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors == "m6: stopped\n" and "Traceback" not in output
+    assert (process.returncode, output, errors) == (75, "", "")  # the ranks tell it
     assert len(list(tmp_path.glob("*.saved"))) == 2
     assert not any(psutil.pid_exists(facts["pid"]) for facts in facts_of(tmp_path, 2))
 
 
 def test_command_of_two_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,6")
-    command = launcher_command(TrainingRun(Path("r.yaml"), data=Path("d"), resume=True), 2, gpu_numbers(3))
-    assert command[command.index("--include") + 1] == "localhost:3,5"
+    resumed = TrainingRun(Path("r.yaml"), data=Path("d"), resume=True, allow_change=("k",))
+    command = launcher_command(resumed, 2, gpu_numbers(3))
+    [machines] = [word.partition("=")[2] for word in command if word.startswith("--world_info=")]
+    assert json.loads(base64.urlsafe_b64decode(machines)) == {"localhost": [3, 5]}
     assert command[command.index("--module") + 1 :] == [
-        *("training.train", "--recipe", "r.yaml", "--name", "run", "--data", "d", "--resume")
+        *("training.train", "--recipe", "r.yaml", "--name", "run", "--data", "d", "--resume", "--allow-change", "k")
     ]
 
 

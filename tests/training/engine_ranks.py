@@ -91,58 +91,74 @@ def train(
     return Rank(data, swap, ds, changes).train(0, RECIPE["steps"])
 
 
-def save_at(data: Path, swap: Path, ds: dict[str, Any], folder: Path, step: int, last: int) -> dict[str, Any]:
+def save_at(
+    data: Path, swap: Path, ds: dict[str, Any], folder: Path, step: int, last: int, buffer: int = 2**30
+) -> dict[str, Any]:
     """Train to `step`, save there, train on to `last`: the losses after the save, and the weights' digests at it."""
-    from training import checkpoint
+    from training import checkpoint, states
 
     rank = Rank(data, swap, ds)
     rank.train(0, step)
-    checkpoint.save(rank.engine, folder, step, {}, keep=1)
+    digests = state_digests(rank)
+    saver = checkpoint.Saver(folder, checkpoint.Retention(1), buffer)
+    saver.save(states.parts(rank.engine), step, {"adam_step": states.adam_step(rank.engine)})
+    losses = rank.train(step, last)  # while it is being written
+    outcome = saver.wait()
+    assert outcome is not None and not outcome.error, outcome
+    return {"digests": digests, "losses": losses, "outcome": outcome}
+
+
+def load_and_train(
+    data: Path,
+    swap: Path,
+    ds: dict[str, Any],
+    folder: Path,
+    step: int,
+    last: int,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    from training import checkpoint
+
+    rank = Rank(data, swap, ds, changes)
+    found = checkpoint.newest(folder)
+    assert found is not None and found.manifest["step"] == step
+    checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
     digests = state_digests(rank)
     return {"digests": digests, "losses": rank.train(step, last)}
 
 
-def load_and_train(data: Path, swap: Path, ds: dict[str, Any], folder: Path, step: int, last: int) -> dict[str, Any]:
-    from training import checkpoint
+def resave(data: Path, swap: Path, ds: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """Load the newest checkpoint of `source` and save it into `target`."""
+    from training import checkpoint, states
 
     rank = Rank(data, swap, ds)
-    path, manifest = checkpoint.read_manifest(folder)
-    checkpoint.load(rank.engine, path, manifest, rank.blank_step)
-    digests = state_digests(rank)
-    return {"digests": digests, "losses": rank.train(step, last)}
-
-
-def save_without_space(data: Path, swap: Path, ds: dict[str, Any], folder: Path, room: int) -> Any:
-    """Save, train a step, and save again while no file of rank 1 may pass `room` bytes: what was said, and left."""
-    import os
-    import resource
-
-    from training import checkpoint
-    from training.errors import UserError
-
-    trained = Rank(data, swap, ds)
-    trained.train(0, 1)
-    checkpoint.save(trained.engine, folder, 1, {}, keep=1)
-    before = state_digests(trained)
-    trained.train(1, 2)
-    if os.environ["RANK"] == "1":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))  # Python ignores the signal
-    said = ""
-    try:
-        checkpoint.save(trained.engine, folder, 2, {}, keep=1)
-    except UserError as error:
-        said = str(error)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    path, manifest = checkpoint.read_manifest(folder)
-    checkpoint.load(trained.engine, path, manifest, trained.blank_step)
-    return said, path.name, state_digests(trained) == before
+    found = checkpoint.newest(source)
+    assert found is not None
+    checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
+    saver = checkpoint.Saver(target, checkpoint.Retention(1), 2**30)
+    saver.save(states.parts(rank.engine), found.manifest["step"], {"adam_step": states.adam_step(rank.engine)})
+    outcome = saver.wait()
+    assert outcome is not None and not outcome.error, outcome
+    return {"digests": state_digests(rank)}
 
 
 def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
-    """Each state's values by global offset, so that layouts can be compared: key -> {offset: bytes}."""
-    from training.checkpoint import _states
+    """Each state's values by global offset, so that layouts can be compared: key -> {offset: bytes}.
+
+    By DeepSpeed's own accessors: a reference for what the checkpoint reads and writes.
+    """
+    from deepspeed.utils import groups, safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     found: dict[str, dict[int, bytes]] = {}
-    for key, value, (offset, _) in _states(rank.engine):
-        found.setdefault(key, {})[offset] = value.numpy().tobytes()
+    for name, parameter in rank.engine.model.named_parameters():
+        first = parameter.ds_zero_partition_rank * parameter.ds_tensor.ds_numel
+        real = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - first)
+        if real <= 0:
+            continue
+        if getattr(parameter, "ds_zero_placement_family", "") == "autoep_expert":
+            first += parameter.ds_numel * groups._get_expert_parallel_rank(parameter.ds_zero_partition_group_name)
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            get = safe_get_local_fp32_param if kind == "master" else safe_get_local_optimizer_state
+            value = get(parameter) if kind == "master" else get(parameter, kind)
+            found.setdefault(f"{name}.{kind}", {})[first] = value[:real].detach().numpy().tobytes()
     return found

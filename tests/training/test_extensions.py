@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training.extensions import LOADING_SECONDS, clear_stale_locks
+from training.extensions import LOADING_SECONDS, clear_orphaned_locks, clear_stale_locks
 
 
 def test_an_old_lock_goes_and_a_fresh_one_stays(tmp_path: Path) -> None:
@@ -63,3 +63,15 @@ def test_a_compiler_that_names_the_folder_keeps_its_lock(tmp_path: Path) -> None
     with compiler(home, home, "-o", str(root / "cpu_adam" / "cpu_adam.o")):
         assert clear_stale_locks(root) == []
     assert clear_stale_locks(root) == [lock]
+
+
+def test_locks_of_killed_processes_go_and_held_ones_stay(tmp_path):
+    before, orphan, held = (tmp_path / name / "lock" for name in ("before", "orphan", "held"))
+    for lock in (before, orphan, held):
+        lock.parent.mkdir()
+        lock.touch()
+    started = time.time() - 5
+    os.utime(before, (started - 5, started - 5))
+    with held.open():
+        assert clear_orphaned_locks(tmp_path, started) == [orphan]
+    assert before.exists() and held.exists() and not orphan.exists()

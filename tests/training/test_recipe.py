@@ -96,6 +96,9 @@ def test_unknown_names_come_with_a_suggestion(values, said):
         ("steps=true", "must be a whole number from 1 to 2147483647"),
         ("text_positions=513", "text_positions=513 is more than max_positions=512"),
         ("ds={1: 2}", "ds.1 is no name: names are text"),
+        ("skips=0", "must be a whole number from 1"),
+        ("spike.factor=0.5", "must be over 1, or 0 (off)"),
+        ("spike.rollbacks=0", "must be a whole number from 1"),
     ],
 )
 def test_a_wrong_override_is_named_and_told_what_it_must_be(override, said):

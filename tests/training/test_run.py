@@ -97,7 +97,7 @@ def test_resume_needs_a_run(root):
 @pytest.mark.parametrize(
     "override",
     ["steps=20", "ds_config=other.json", "ds.m6.recompute=true", "data=elsewhere", "evaluation.every=7",
-     "tracking.wandb=disabled", "save_every=3", "keep=5"],
+     "tracking.wandb=disabled", "save_every=3", "keep=5", "skips=3", "spike.factor=2"],
 )  # fmt: skip
 def test_what_a_resumed_run_may_change(started, root, override):
     assert open_run("first", recipe(override), resume=True, root=root) == started
@@ -110,10 +110,32 @@ def test_what_a_resumed_run_may_change(started, root, override):
 )  # fmt: skip
 def test_what_a_resumed_run_may_not_change(started, root, override):
     before = contents(root)
+    key = "model.preset" if override == "model=m6-small" else override.split("=")[0]
     with pytest.raises(UserError) as error:
         open_run("first", recipe(override), resume=True, root=root)
-    assert str(error.value).startswith(f"{override.split('=')[0].split('.')[0]}: ")
+    assert f"first has another recipe ({key}: was " in str(error.value)
+    assert str(error.value).endswith(f"give it as it was, or --allow-change {key}")
     assert "\n" not in str(error.value) and contents(root) == before
+    for allowed in (key, key.split(".")[0]):
+        assert open_run("first", recipe(override), resume=True, allowed=[allowed], root=root) == started
+
+
+def test_all_that_changed_is_told_at_once_but_for_what_may(started, root):
+    other = recipe("seed=2", "tasks.poem=0", "steps=20", "optimizer.betas=[0.9, 0.95]")
+    with pytest.raises(UserError) as error:
+        open_run("first", other, resume=True, allowed=["seed"], root=root)
+    assert str(error.value) == (
+        f"{started} has another recipe (tasks.poem: was 2.0, now not there; optimizer.betas: was (0.9, 0.98), "
+        "now (0.9, 0.95)): give it as it was, or --allow-change tasks.poem --allow-change optimizer.betas"
+    )
+    assert open_run("first", other, resume=True, allowed=["seed", "tasks.poem", "optimizer"], root=root) == started
+
+
+def test_a_change_of_what_is_not_there_is_a_mistake(started, root):
+    with pytest.raises(UserError, match=r"--allow-change optimizer.l: the recipe has no such key; did you mean"):
+        open_run("first", recipe(), resume=True, allowed=["optimizer.l"], root=root)
+    with pytest.raises(UserError, match=r"--allow-change seed: only a resumed run has something to change"):
+        open_run("new", recipe(), resume=False, allowed=["seed"], root=root)
 
 
 def test_the_same_tasks_in_another_order_are_the_same_run(started, root):
@@ -141,3 +163,16 @@ def test_a_damaged_recipe_is_named(started, root):
     (started / run.RECIPE).write_bytes(b"model: [")
     with pytest.raises(UserError, match=r"recipe.yaml: cannot be read"):
         open_run("first", recipe(), resume=True, root=root)
+
+
+def test_what_a_run_leaves_that_was_killed_as_it_started_is_no_run(root):
+    with lock_run(root / "killed"):
+        (root / "killed" / run.RANKS).mkdir()
+    (root / "killed" / f".{run.RECIPE}.partial").write_text("model: m6-ti")
+    (root / "killed" / run.INCIDENTS).mkdir()
+    assert open_run("killed", recipe(), resume=False, root=root) == root / "killed"
+    with pytest.raises(UserError, match="killed: no such run to resume"):
+        open_run("killed", recipe(), resume=True, root=root)
+    (root / "killed" / "notes.txt").touch()
+    with pytest.raises(UserError, match="killed exists: choose another"):
+        open_run("killed", recipe(), resume=False, root=root)

@@ -118,6 +118,31 @@ def test_a_run_from_step_0_starts_a_new_file(tmp_path: Path) -> None:
     assert [line["step"] for line in written(tmp_path)] == [0, 1, 10, 20, 20]
 
 
+def test_going_back_drops_the_lines_of_the_steps_that_were_given_up(tmp_path: Path) -> None:
+    recipe = make_recipe(steps=40, evaluation={"every": 20}, tracking={"wandb": "disabled", "log_every": 4})
+    with Tracker(tmp_path / "run", recipe, FACTS) as tracker:
+        train(tracker, 1, 22)
+        state = json.loads(json.dumps(tracker.state()))
+        train(tracker, 23, 30)
+        tracker.go_back(22, state)
+        tracker.event(22, "rolled back", "for a reason")
+        train(tracker, 23, 40)
+    with Tracker(tmp_path / "whole", recipe, FACTS) as tracker:
+        train(tracker, 1, 40)
+    event = {"step": 22, "event": "rolled back", "text": "for a reason"}
+    assert [line for line in written(tmp_path / "run") if line != event] == written(tmp_path / "whole")
+    assert written(tmp_path / "run").index(event) == 7  # after the lines of the steps 1, 4, …, 20 and an evaluation
+
+
+def test_a_run_that_was_saved_before_its_first_step_keeps_what_came_before(tmp_path: Path) -> None:
+    with Tracker(tmp_path, RECIPE, FACTS) as tracker:
+        tracker.evaluation(0, {"loss/validation/caption": 9.0})
+        state = tracker.state()
+    with Tracker(tmp_path, RECIPE, FACTS, 0, state) as tracker:
+        train(tracker, 1, 2)
+    assert [line["step"] for line in written(tmp_path)] == [0, 1]
+
+
 def test_lines_that_no_tracker_wrote_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n[]\n\xff\xfe{}\n{"loss": 1}\n\n{"step": 2}\n')
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]

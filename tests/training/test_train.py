@@ -11,10 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
+import xxhash
 import yaml
 
 from tests.ranks import run_ranks
+from training import checkpoint
 from training.data.corpus import Corpus
+from training.errors import UserError
 from training.run import lock_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +78,7 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
     promised = {
         "step", "position", "tokens", "loss", "loss/caption", "lr", "grad_norm", "step_seconds", "tokens_per_second",
         "flops_utilization", "moe/load_cv", "moe/drop_rate", "moe/drop_rate/image", "memory/device_bytes",
-        "memory/host_bytes", "energy/joules_per_token", "energy/source",
+        "memory/host_bytes", "energy/joules_per_token", "energy/source", "skipped_steps",
     }  # fmt: skip
     steps = [line for line in lines(run) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
@@ -119,7 +122,7 @@ def construct_late(folder: Path, data: Path) -> str:
     """Rank 1 comes to each look at the run's folder seconds after rank 0."""
     import deepspeed
 
-    from training import train as program
+    from training import loop as program
     from training.recipe import load_recipe
 
     look = program.open_run
@@ -136,13 +139,66 @@ def test_a_slow_rank_finds_the_folder_as_new_as_the_first_did(sample_corpus: Cor
     assert run_ranks(2, construct_late, tmp_path, sample_corpus.folder.parent) == ["runs/run"] * 2
 
 
-def test_another_corpus_is_refused_on_resume(sample_corpus: Corpus, finished: Path, tmp_path: Path) -> None:
+def resume_others(folder: Path, data: Path, manifests: list[dict[str, Any]]) -> list[str]:
+    """What is said to a resumed run whose newest checkpoint has one of these manifests."""
+    import deepspeed
+
+    from training.loop import Training
+    from training.recipe import load_recipe
+
+    os.chdir(folder)
+    deepspeed.init_distributed("gloo", verbose=False)
+    recipe = load_recipe(ROOT / "launch/recipes/quickstart.yaml", [*SMALL, f"data={data}", "tracking.wandb=disabled"])
+    said = []
+    for manifest in manifests:
+        write_manifest(Path("runs/run/checkpoints/step-6"), manifest)
+        try:
+            Training(recipe, "run", resume=True)
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest)
+    (path / checkpoint.MANIFEST).write_text(text)
+    (path / checkpoint.SEAL).write_text(xxhash.xxh3_128_hexdigest(text.encode()))
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_one_line(
+    sample_corpus: Corpus, finished: Path, tmp_path: Path
+) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    manifest = next((tmp_path / "runs/run/checkpoints").glob("step-6")) / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"data": "another"}))
-    refused = train(sample_corpus, tmp_path, "--resume", "steps=7", "tracking.wandb=disabled")
-    assert refused.returncode == 2
-    assert "was trained on another data" in refused.stderr
+    manifest = checkpoint.read_manifest(tmp_path / "runs/run/checkpoints/step-6")
+    optimizer = manifest["recipe"]["optimizer"] | {"lr": 0.5}
+    others = [{"data": "x"}, {"tokenizer": "x"}, {"recipe": manifest["recipe"] | {"optimizer": optimizer, "seed": 7}},
+              {"format": checkpoint.FORMAT + 1}]  # fmt: skip
+    data = sample_corpus.folder.parent
+    [said] = run_ranks(1, resume_others, tmp_path, data, [manifest | other for other in others])
+    place, own = "runs/run/checkpoints/step-6", checkpoint.FORMAT
+    assert said == [
+        f"{place}: it was trained on another data set; give the --data that it was started with",
+        f"{place}: it was trained on another tokenizer; give the --data that it was started with",
+        f"{place} has another recipe (seed: was 7, now 1; optimizer.lr: was 0.5, now 0.001): give it as it was, "
+        "or --allow-change seed --allow-change optimizer.lr",
+        f"{place}: checkpoint format {own + 1}, this program reads {own}; use the newer one",
+    ]
+
+
+def test_a_changed_recipe_is_refused_unless_it_is_allowed(
+    sample_corpus: Corpus, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    changes = ["--resume", "steps=7", "optimizer.lr=5e-4", "tracking.wandb=disabled"]
+    refused = train(sample_corpus, tmp_path, *changes)
+    assert refused.returncode == 2 and refused.stderr.splitlines() == [
+        "m6: runs/run has another recipe (optimizer.lr: was 0.001, now 0.0005): give it as it was, "
+        "or --allow-change optimizer.lr"
+    ]
+    allowed = train(sample_corpus, tmp_path, *changes, "--allow-change", "optimizer.lr")
+    assert allowed.returncode == 0, allowed.stderr
+    assert lines(tmp_path / "runs/run")[-1]["step"] == 7
+    assert yaml.safe_load((tmp_path / "runs/run/recipe.yaml").read_text())["optimizer"]["lr"] == 5e-4
 
 
 def test_a_run_is_one_process_alone(sample_corpus: Corpus, finished: Path, tmp_path: Path) -> None:
@@ -154,9 +210,19 @@ def test_a_run_is_one_process_alone(sample_corpus: Corpus, finished: Path, tmp_p
 
 
 def test_a_diverged_run_stops_before_it_replaces_good_weights(sample_corpus: Corpus, tmp_path: Path) -> None:
-    diverged = train(sample_corpus, tmp_path, "optimizer.lr=1e18", "optimizer.clip=0", "schedule.warmup=0", "steps=9")
+    changes = ["optimizer.lr=1e18", "optimizer.clip=0", "schedule.warmup=0", "steps=20", "skips=3"]
+    diverged = train(sample_corpus, tmp_path, *changes)
     assert diverged.returncode == 2
-    assert "the loss is not finite" in diverged.stderr and "Traceback" not in diverged.stderr
+    run = tmp_path / "runs" / "run"
+    skipped = [line for line in lines(run) if line.get("event") == "skipped step"]
+    assert len(skipped) == 3 and skipped[0]["text"].startswith("the loss on rank 0, 1, not finite; positions ")
+    step = skipped[-1]["step"]
+    assert diverged.stderr.splitlines()[-1].startswith(
+        f"m6: step {step}: the loss or the gradient was not finite in 3 steps in a row"
+    )
+    assert [line["skipped_steps"] for line in lines(run) if "loss" in line][-4:] == [0, 1, 2, 3]
+    good = [path.name for path in (run / "checkpoints").glob("step-*")]
+    assert all(int(name.removeprefix("step-")) <= step - 3 for name in good) and "Traceback" not in diverged.stderr
 
 
 def test_a_killed_rank_is_one_line(sample_corpus: Corpus, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ Shape suffixes: B rows, T text positions, P image patches, C channels of a patch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -99,6 +99,8 @@ class StepBatches:
     def __init__(self, order: GlobalOrder, collate: Collator, micro_batch: int, rank: int, world: int):
         self.order, self.collate = order, collate
         self.micro_batch, self.rank, self.world = micro_batch, rank, world
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._ahead: dict[int, Future[list[Batch]]] = {}
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of step `step` (from 0)."""
@@ -121,10 +123,9 @@ class StepBatches:
         rows = [self.order.row(position) for position in range(own, own + self.micro_batch)]
         return self.collate(rows, self.order.width(start, start + shared))
 
-    def from_step(self, first: int) -> Iterator[list[Batch]]:
-        with ThreadPoolExecutor(1, "batches") as pool:
-            ahead = pool.submit(self.step, first)
-            while True:
-                first += 1
-                ready, ahead = ahead.result(), pool.submit(self.step, first)
-                yield ready
+    def take(self, step: int) -> list[Batch]:
+        """The micro-batches of step `step`; those of the next one are begun, for when they are asked for."""
+        due = self._ahead.pop(step, None) or self._pool.submit(self.step, step)
+        ready = due.result()
+        self._ahead = {step + 1: self._pool.submit(self.step, step + 1)}
+        return ready

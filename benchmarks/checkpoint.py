@@ -1,0 +1,119 @@
+"""What a save costs: how long training stands still, and how fast state gets to the disk.
+
+    python -m benchmarks.checkpoint [--preset m6-tiny] [--rounds 5]
+
+Two ranks, interleaved in one run. For state in memory: the stall of a save, over the time to copy the same state in
+memory. For state on NVMe: the bytes a second of a whole save, over those of a plain copy of the swap files, flushed
+at its end as a save is. Both on all ranks at once; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.data_sample import build_sample
+from tests.ranks import run_ranks
+from tests.training import engine_ranks as ranks
+from training.extensions import prepare_extensions
+
+TIERS = {"device": ranks.NONE, "CPU": ranks.CPU, "NVMe": ranks.NVME}
+BUFFER = 2**30  # bytes a rank, the recipe's default
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="m6-tiny")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    prepare_extensions()
+    print("| state on | MB a rank | memory copy | stall | stall / copy | file copy MB/s | save MB/s | save / copy |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        build_sample(data)
+        for name, tier in TIERS.items():
+            ds, model = ranks.settings(tier, 2), {"preset": arguments.preset, "text_vocab": 540}
+            places = data, Path(folder) / "swap", Path(folder) / name
+            rounds = run_ranks(2, measure, *places, ds, model, arguments.rounds, timeout=3600)
+            print(row(name, rounds), flush=True)
+
+
+def row(name: str, rounds: list[list[dict[str, float]]]) -> str:
+    """One line: medians over rounds of what the slower rank took."""
+
+    def median(key: str) -> float:
+        return statistics.median(max(pair) for pair in zip(*([r[key] for r in own] for own in rounds), strict=True))
+
+    size = rounds[0][0]["bytes"] / 1e6
+    memory, stall, copy, save = median("memory"), median("stall"), median("copy"), median("save")
+    in_memory = (
+        [f"{memory:.3f} s", f"{stall:.3f} s", f"{stall / memory:.2f}"] if memory else ["–", f"{stall:.3f} s", "–"]
+    )
+    cells = [name, f"{size:.0f}", *in_memory, f"{size / copy:.0f}", f"{size / save:.0f}", f"{copy / save:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def measure(data: Path, swap: Path, folder: Path, ds: dict[str, Any], model: dict[str, Any], rounds: int) -> Any:
+    """Seconds of each round on this rank."""
+    from training import checkpoint, states
+
+    rank = ranks.Rank(data, swap, ds, {"model": model})
+    rank.train(0, 1)
+    saver = checkpoint.Saver(folder, checkpoint.Retention(1), BUFFER)
+    found = []
+    for number in range(rounds + 1):
+        parts = states.parts(rank.engine)
+        timed = {"bytes": float(sum(part.bytes for part in parts)), "memory": copy_in_memory(parts)}
+        timed["copy"] = copy_files(parts, folder)
+        saver.save(parts, number, {"adam_step": 1})
+        outcome = saver.wait()
+        assert outcome is not None and not outcome.error, outcome
+        found.append(timed | {"stall": outcome.stall_seconds, "save": outcome.write_seconds})
+    return found[1:]  # the first touches new memory
+
+
+def copy_in_memory(parts: list[Any]) -> float:
+    """Seconds to copy all parts that lie in memory into memory of their own; 0 where none does."""
+    import torch.distributed as dist
+    from torch import Tensor
+
+    dist.barrier()
+    started = time.perf_counter()
+    copies = [part.source.clone() for part in parts if isinstance(part.source, Tensor)]
+    return (time.perf_counter() - started) if copies else 0.0
+
+
+def copy_files(parts: list[Any], folder: Path) -> float:
+    """Seconds to copy as many bytes from file to file, and flush them: the swap files, or else a file made for it."""
+    import torch.distributed as dist
+    from torch import Tensor
+
+    files = {part.source.path for part in parts if not isinstance(part.source, Tensor)}
+    made = folder.parent / f"source-{dist.get_rank()}"
+    if not files:
+        if not made.exists():
+            made.write_bytes(os.urandom(sum(part.bytes for part in parts)))
+        files = {made}
+    target = folder.parent / f"copy-{dist.get_rank()}"
+    dist.barrier()
+    started = time.perf_counter()
+    for file in sorted(files):
+        shutil.copyfile(file, target)
+        with target.open("rb") as copied:
+            os.fsync(copied.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    dist.barrier()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""`m6 verify` and `m6 export`: a run's checkpoints, checked, and turned into weights for inference."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from training import checkpoint
+from training.data.corpus import Corpus
+from training.errors import UserError
+from training.export import plan, write
+from training.recipe import parse_recipe
+from training.run import CHECKPOINTS, FOLDER
+
+NAME = re.compile(r"step-[0-9]+")
+POINTER = re.compile(r"(step-[0-9]+) ([0-9a-f]{32})")
+EXPORTS = "exports"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found of a checkpoint; `problems` is empty if it is whole."""
+
+    path: Path
+    files: int
+    bytes: int
+    written: str
+    problems: list[str]
+
+
+def verify_run(run: str, step: int | None) -> int:
+    """Check a run's checkpoints, or that of one step, and print what was found; 0 if all is well, else 1.
+
+    `run`: a name under runs/, or the folder of a run or of one checkpoint. Raises UserError if there is none.
+    """
+    place = _place(run)
+    paths = _chosen(place, step)
+    with _bars() as bars:
+        found = [verified for path in paths if (verified := _verified(path, bars))]
+    problems = [problem for verified in found for problem in verified.problems]
+    if step is None and place not in paths:
+        problems += filter(None, [_pointer_problem(place)])
+    console = Console()
+    console.print(_table(found))
+    for problem in problems:
+        console.print(problem, markup=False, highlight=False, soft_wrap=True)
+    return 1 if problems else 0
+
+
+def export_run(
+    run: str,
+    step: int | None = None,
+    target: Path | None = None,
+    dtype: str = "bf16",
+    shard_size: str = "5GB",
+    data: Path | None = None,
+) -> None:
+    """Write the weights of a run's newest checkpoint, or that of one step, for inference. Raises UserError.
+
+    `target` None is exports/step-N in the run's folder; `data` None is where the checkpoint's recipe has the corpus.
+    """
+    path = _chosen(_place(run), step)[-1].absolute()
+    target = target or path.parent.parent / EXPORTS / path.name
+    if target.exists():
+        raise UserError(f"{target} exists: choose another --to")
+    with checkpoint.reading(path):
+        manifest = checkpoint.read_manifest(path)
+        recipe = parse_recipe(manifest.get("recipe", {}), [], str(path / checkpoint.MANIFEST))
+        planned = plan(path, manifest, recipe, Corpus.open(data or recipe.data), dtype, shard_size)
+        with _bars() as bars:
+            verified = _verified(path, bars)
+            if verified and verified.problems:
+                raise UserError(f"{verified.problems[0]}; `m6 verify {run}` shows which --step is whole")
+            bar = bars.add_task("writing", total=planned.bytes)
+            write(planned, target, partial(bars.advance, bar))
+    what = f"step {manifest['step']}, {decimal(planned.bytes)} of {dtype} weights in {len(planned.files)} file(s)"
+    Console().print(f"exported: {target} ({what})", markup=False, highlight=False, soft_wrap=True)
+
+
+def _place(run: str) -> Path:
+    """The folder of checkpoints, or the one checkpoint, that is meant."""
+    folder = FOLDER / run if (FOLDER / run).is_dir() else Path(run)
+    if not folder.is_dir():
+        raise UserError(f"{run}: no such run; see the folders under {FOLDER}/")
+    return folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
+
+
+def _chosen(place: Path, step: int | None) -> list[Path]:
+    """The checkpoints that are meant, by steps."""
+    if NAME.fullmatch(place.absolute().name):
+        return [place]
+    steps = checkpoint.steps(place)
+    if not steps:
+        raise UserError(f"{place}: no checkpoints there")
+    if step is not None and step not in steps:
+        raise UserError(f"--step {step}: no such checkpoint in {place}; there are {', '.join(map(str, steps))}")
+    return [place / f"step-{number}" for number in (steps if step is None else [step])]
+
+
+def _verified(path: Path, bars: Progress) -> Verified | None:
+    """Check a checkpoint; None if a running training has just pruned it."""
+    try:
+        with checkpoint.reading(path):
+            sizes = [file.stat().st_size for file in path.iterdir()]
+            written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+            bar = bars.add_task(path.name, total=sum(sizes))
+            problems = checkpoint.problems(path, partial(bars.advance, bar))
+    except OSError as error:
+        if not path.exists():
+            return None
+        sizes, written, problems = [], "", [f"{error.filename}: {error.strerror}"]
+    return Verified(path, len(sizes), sum(sizes), written, problems)
+
+
+def _pointer_problem(place: Path) -> str:
+    """What is wrong with `latest`; "" if it names a checkpoint that is there, by its checksum."""
+    path = place / checkpoint.LATEST
+    try:
+        said = POINTER.fullmatch(path.read_text(encoding="utf-8"))
+        if said is None:
+            return f"{path}: damaged (it does not say which checkpoint is the latest)"
+        if not (place / said[1]).is_dir():
+            return f"{path}: names {said[1]}, which is not there"
+        seal = (place / said[1] / checkpoint.SEAL).read_text(encoding="utf-8")
+        return "" if seal == said[2] else f"{path}: the checksum that it names is not that of {said[1]}"
+    except FileNotFoundError as error:
+        return f"{error.filename}: missing"
+    except (OSError, ValueError) as error:
+        return f"{path}: cannot be read ({error})"
+
+
+def _table(found: list[Verified]) -> Table:
+    table = Table(box=None)
+    for heading in ("step", "size", "files", "written", "state"):
+        table.add_column(heading, justify="left" if heading in ("written", "state") else "right", no_wrap=True)
+    for verified in found:
+        state = "damaged" if verified.problems else "whole"
+        step = verified.path.absolute().name.removeprefix("step-")
+        table.add_row(step, decimal(verified.bytes), str(verified.files), verified.written, state)
+    return table
+
+
+def _bars() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

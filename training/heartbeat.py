@@ -1,0 +1,137 @@
+"""What a rank tells whoever supervises its run: a small file that changes as long as the rank gets on.
+
+The files are `runs/<name>/.ranks/<rank>.json`. Beside each, `<rank>.stack` takes the Python stacks of all of the rank's
+threads when STACKS is sent, even while C code runs. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from training.tracking import write_json
+
+STACKS = signal.SIGUSR2
+BEAT_SECONDS = 1.0  # the file is written no oftener, on however slow a file system it lies
+KNOWN_AFTER = 3  # times between two beats make known what is usual
+
+Phase = Literal["starting", "training", "evaluating", "saving", "loading", "ending", "ended"]
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank's file says. Times are of the machine's clock, for people; only that they change counts."""
+
+    pid: int
+    host: str
+    started: float
+    time: float
+    phase: Phase
+    step: int  # steps done
+    first_step: int  # with which this process began
+    usual_seconds: float | None  # the longest of the recent times between two beats of the phase; None: not known yet
+    code: int | None = None  # with which the rank ended
+    error: str = ""
+
+
+class Heartbeat:
+    """This rank's file. Before `open`, and where the disk refuses it, nothing is told, and nothing fails."""
+
+    def __init__(self) -> None:
+        self._started = time.time()
+        self._path: Path | None = None
+        self._stacks: IO[str] | None = None
+        self._phase: Phase = "starting"
+        self._step = self._first_step = 0
+        self._gaps: dict[Phase, deque[float]] = {}
+        self._last = self._written = time.monotonic()
+
+    def open(self, folder: Path, rank: int) -> None:
+        """Begin to tell, in `folder`, and to answer STACKS."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"{rank}.json"
+        self._stacks = _stack_file(folder, rank).open("w")
+        faulthandler.enable(self._stacks)
+        faulthandler.register(STACKS, self._stacks)
+        self._write()
+
+    def begin(self, step: int) -> None:
+        """All is ready for the first step after `step`."""
+        self._step = self._first_step = step
+        self.enter("training")
+
+    def enter(self, phase: Phase) -> None:
+        """From now on the rank does something else."""
+        self._phase, self._last = phase, time.monotonic()
+        self._write()
+
+    def beat(self, step: int) -> None:
+        """Something was done: a micro-batch, or a batch of an evaluation; `step` steps are done."""
+        now = time.monotonic()
+        self._gaps.setdefault(self._phase, deque(maxlen=100)).append(now - self._last)
+        self._step, self._last = step, now
+        if now - self._written >= BEAT_SECONDS:
+            self._write()
+
+    @contextlib.contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Meanwhile the rank does something else, and then what it did before."""
+        before = self._phase
+        self.enter(phase)
+        yield
+        self.enter(before)
+
+    def end(self, code: int, error: str = "") -> None:
+        """The rank is about to end with an exit code."""
+        self._phase = "ended"
+        self._write(code, error)
+
+    def _write(self, code: int | None = None, error: str = "") -> None:
+        self._written = time.monotonic()
+        if self._path is None:
+            return
+        beat = Beat(
+            os.getpid(), socket.gethostname(), self._started, time.time(), self._phase, self._step, self._first_step,
+            self._usual(), code, error,
+        )  # fmt: skip
+        try:
+            write_json(self._path, asdict(beat))
+        except OSError:  # a full disk holds no new file, and still this one's time
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+    def _usual(self) -> float | None:
+        gaps = self._gaps.get(self._phase, ())
+        return max(gaps) if len(gaps) >= KNOWN_AFTER else None
+
+
+def read_beat(folder: Path, rank: int) -> tuple[Beat, int] | None:
+    """What a rank's file says, and when it was written (nanoseconds); None if there is none that can be read."""
+    path = folder / f"{rank}.json"
+    try:
+        written = path.stat().st_mtime_ns  # before it is read: what comes in between is then new next time
+        return Beat(**json.loads(path.read_text(encoding="utf-8"))), written
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def read_stacks(folder: Path, rank: int) -> str:
+    """The stacks that the rank wrote so far."""
+    try:
+        return _stack_file(folder, rank).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _stack_file(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.stack"

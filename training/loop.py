@@ -1,0 +1,325 @@
+"""A run: everything that it needs, and its loop of steps, evaluations and saves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from training import checkpoint, ds_config, states
+from training.data.batches import Collator, StepBatches
+from training.data.corpus import Corpus
+from training.data.order import GlobalOrder
+from training.data.tasks import TASKS
+from training.engine import Engine, StepResult
+from training.errors import LEFT, UserError
+from training.evaluate import Validation
+from training.heartbeat import Heartbeat
+from training.meter import Meter, host_bytes
+from training.peak import matmul_flops
+from training.recipe import Recipe, parse_recipe
+from training.run import CHECKPOINTS, RANKS, SWAP, check_unchanged, lock_run, open_run, record_settings, tell_changes
+from training.safeguard import Safeguard, not_finite
+from training.schedule import learning_rate
+from training.stopping import StopRequest, StopRequested
+from training.tracking import Tracker
+
+T = TypeVar("T")
+
+
+class Training:
+    """A run in progress on this rank. Construction checks everything before the first step. Collective."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        name: str,
+        resume: bool,
+        allowed: Sequence[str] = (),
+        heartbeat: Heartbeat | None = None,
+    ):
+        """`allowed`: keys of the recipe that a resumed run may change though it should not."""
+        self.recipe, self.allowed = recipe, allowed
+        self.heartbeat = heartbeat or Heartbeat()
+        self.stop = StopRequest()
+        self.rank, world = dist.get_rank(), dist.get_world_size()
+        self.folder = open_run(name, recipe, resume, allowed)
+        dist.barrier()  # every rank has looked before the first makes the folder
+        self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / SWAP)
+        self.corpus = Corpus.open(recipe.data)
+        collate = Collator(self.corpus, self.config.model)
+        order = GlobalOrder(
+            [TASKS[task](self.corpus, "train") for task in recipe.tasks],
+            recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed,
+        )  # fmt: skip
+        self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
+        self.validation = Validation(self.corpus, recipe, collate)
+        self.lock = _on_first_rank(lambda: lock_run(self.folder))
+        self.heartbeat.open(self.folder / RANKS, self.rank)
+        self._empty_swap()  # of what a killed run left
+        _on_first_rank(self.corpus.verify)
+        found = checkpoint.newest(self.folder / CHECKPOINTS) if resume else None
+        if found:
+            self._check(found)
+        dist.barrier()  # every rank has checked before one of them writes
+        if self.rank == 0:
+            tell_changes(self.folder, self.config)
+            record_settings(self.folder, recipe, self.config)
+        self.host_bytes_before = host_bytes()
+        self.engine = Engine(self.config, recipe.seed)
+        dtype = next(self.engine.model.parameters()).dtype
+        self.peak = matmul_flops(self.engine.device, dtype)
+        retention = checkpoint.Retention(recipe.keep, recipe.keep_every)
+        self.saver = checkpoint.Saver(self.folder / CHECKPOINTS, retention, recipe.save_buffer)
+        self.saved_step: int | None = None  # that of the newest checkpoint, once it is whole
+        self.step, manifest = self._restore(found) if found else (0, {})
+        self.evaluation_due = manifest.get("evaluation_due", not found)
+        self.guard = Safeguard(**manifest.get("safeguard", {}))
+        self.meter = Meter(self.engine, list(order.counts), self.peak, manifest.get("counters"))
+        self.tracker = (
+            Tracker(self.folder, recipe, self._facts(order), self.step, state=manifest.get("tracker"))
+            if self.rank == 0
+            else None
+        )
+        if found:
+            self._tell_refused(found)
+            left = "" if self.step < recipe.steps else "; nothing is left to do, unless steps is raised"
+            self._tell("resumed", f"of {recipe.steps}, from {found.path}{left}")
+        self.stop.begin()
+        self.engine.before_batch = self._before_batch
+        self.heartbeat.begin(self.step)
+
+    def run(self) -> int:
+        """Train to the end, or until all ranks agree to leave; returns the exit code for it."""
+        with self.tracker or contextlib.nullcontext():
+            try:
+                self._run()
+            except StopRequested:
+                self._leave()
+                return LEFT
+            except (AssertionError, OSError):
+                if damage := states.swap_damage(self.engine):
+                    raise UserError(f"{damage}: NVMe offload needs it; go on from the last save by --resume") from None
+                raise
+        return 0
+
+    def _before_batch(self) -> None:
+        self.heartbeat.beat(self.step)
+        self.stop.check()
+
+    def _leave(self) -> None:
+        """Save the state after the last whole step, if it is not saved: a step under way has changed nothing yet."""
+        self.heartbeat.enter("ending")
+        self._tell_saved(self.saver.wait())
+        if self.saved_step != self.step:
+            self.save()
+            self._finish_saving()
+        self._tell("stopped", "on request")
+
+    def _run(self) -> None:
+        recipe = self.recipe
+        if self.evaluation_due:
+            self.evaluate()  # where learning starts from, or what an earlier run could not end
+        unsaved = False
+        while self.step < recipe.steps:
+            if not self._advance():
+                continue
+            done = self.step == recipe.steps
+            if self.step % recipe.evaluation.every == 0 or done:
+                self.evaluate()
+            unsaved = unsaved or self.step % recipe.save_every == 0
+            # Not while steps are being skipped: weights that have gone wrong must not replace good checkpoints.
+            if done or (unsaved and not self.guard.skipped_in_a_row):
+                self.save()
+                unsaved = False
+            self._tell_saved(self.saver.poll())
+        self.heartbeat.enter("ending")
+        self._finish_saving()
+        counters = self.meter.counters()
+        if self.tracker:
+            self.tracker.close({"steps": self.step, **counters})
+
+    def _finish_saving(self) -> None:
+        self._tell_saved(last := self.saver.wait())
+        if last and last.error:
+            raise UserError(last.error)
+
+    def _advance(self) -> bool:
+        """Take one step; False if its loss was such that the run went back to a checkpoint instead."""
+        recipe, place = self.recipe, self.guard.place(self.step)
+        lr = learning_rate(recipe, self.step)
+        result = self.engine.step(self.batches.take(place), lr)
+        self.step += 1
+        if result.skipped:
+            self.guard.skip()
+        record = self.meter.record(result, self.batches.tasks(place), (place + 1) * recipe.global_batch, lr)
+        if self.tracker:
+            self.tracker.step({"step": self.step, **record, "skipped_steps": self.guard.skipped})
+        if result.skipped:
+            self._tell_skipped(result, place)
+        elif self.guard.spikes(self.step, result.loss, recipe.spike):
+            return not self._go_back(result.loss)
+        else:
+            self.guard.accept(result.loss, recipe.spike)
+        return True
+
+    def _tell_skipped(self, result: StepResult, place: int) -> None:
+        first = place * self.recipe.global_batch
+        bad = not_finite(self.engine, result)
+        self._tell("skipped step", f"{bad}, not finite; positions {first} to {first + self.recipe.global_batch - 1}")
+        if self.guard.skipped_in_a_row >= self.recipe.skips:
+            self._give_up(f"the loss or the gradient was not finite in {self.recipe.skips} steps in a row ({bad})")
+
+    def _go_back(self, loss: float) -> bool:
+        """Go back to the last checkpoint, past the positions seen since; False where there is none yet. Collective."""
+        rule, spike = self.recipe.spike, self.step
+        words = f"loss {loss:.3f} at step {spike}, over {rule.factor:g} times the usual {self.guard.usual_loss():.3f}"
+        if self.guard.rollbacks >= rule.rollbacks:
+            self._give_up(f"{words}, after {rule.rollbacks} rollbacks (spike.rollbacks)")
+        with self.heartbeat.during("loading"):
+            self._tell_saved(self.saver.wait())
+            found = checkpoint.newest(self.folder / CHECKPOINTS)
+        if found is None:
+            self._tell("loss spike", f"{words}; there is no checkpoint to go back to")
+            self.guard.accept(loss, rule)
+            return False
+        self.step, manifest = self._restore(found)
+        first = self.guard.place(self.step)
+        self.guard = self.guard.back_to(manifest.get("safeguard", {}), spike - self.step)
+        self.meter.go_back(manifest["counters"])
+        if self.tracker:
+            self.tracker.go_back(self.step, manifest["tracker"])
+        self._tell_refused(found)
+        batch, then = self.recipe.global_batch, self.guard.place(self.step)
+        passed = f"positions {first * batch} to {then * batch - 1} are passed over"
+        self._tell("rolled back", f"{words}; {passed}; rollback {self.guard.rollbacks} of {rule.rollbacks}")
+        return True
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """Stop a run that does not mend itself. Collective."""
+        with self.heartbeat.during("saving"):
+            self._tell_saved(self.saver.wait())
+        saved = checkpoint.steps(self.folder / CHECKPOINTS)
+        way = "nothing was saved before; start again with a lower optimizer.lr"
+        if saved:
+            last = self.folder / CHECKPOINTS / f"step-{saved[-1]}"
+            way = f"go on from {last} with a lower optimizer.lr (--resume --allow-change optimizer.lr)"
+        raise UserError(f"step {self.step}: {reason}; {way}")
+
+    def _tell_refused(self, found: checkpoint.Found) -> None:
+        for line in found.refused:
+            self._tell("refused a checkpoint", line)
+
+    def _tell(self, kind: str, text: str) -> None:
+        if self.tracker:
+            self.tracker.event(self.step, kind, text)
+
+    def close(self) -> None:
+        self.engine.close()
+        self._empty_swap()
+
+    def _empty_swap(self) -> None:
+        """On each node, whose disk may be its own."""
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            return
+        for folder in self.config.swap_folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def evaluate(self) -> None:
+        self.evaluation_due = True
+        with self.heartbeat.during("evaluating"):
+            losses = self.validation.losses(self.engine)
+            samples = self.validation.samples(self.engine)
+        self.evaluation_due = False
+        routing = self.meter.routing()
+        if self.tracker:
+            self.tracker.evaluation(self.step, losses)
+            self.tracker.samples(self.step, samples)
+            if routing:
+                self.tracker.routing(self.step, routing)
+        self.meter.restart_clock()
+
+    def save(self) -> None:
+        facts: dict[str, Any] = {
+            "adam_step": states.adam_step(self.engine),
+            "position": self.guard.place(self.step) * self.recipe.global_batch,
+            "safeguard": self.guard.state(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "counters": self.meter.counters(),
+            "tokenizer": self.corpus.tokenizer.sha256,
+            "data": self.corpus.fingerprint,
+            "tracker": self.tracker.state() if self.tracker else None,
+            "evaluation_due": self.evaluation_due,
+        }
+        with self.heartbeat.during("saving"):
+            self._tell_saved(self.saver.save(states.parts(self.engine), self.step, facts))
+        self.meter.restart_clock()
+
+    def _tell_saved(self, outcome: checkpoint.Outcome | None) -> None:
+        if outcome and not outcome.error:
+            self.saved_step = outcome.step
+        if outcome and self.tracker:
+            self.tracker.saved(outcome)
+
+    def _check(self, found: checkpoint.Found) -> None:
+        """Refuse a checkpoint of another run. Raises UserError."""
+        path, manifest = found.path, found.manifest
+        for thing, was, own in (
+            ("tokenizer", manifest["tokenizer"], self.corpus.tokenizer.sha256),
+            ("data set", manifest["data"], self.corpus.fingerprint),
+        ):
+            if was != own:
+                raise UserError(f"{path}: it was trained on another {thing}; give the --data that it was started with")
+        check_unchanged(parse_recipe(manifest["recipe"], [], str(path)), self.recipe, self.allowed, str(path))
+
+    def _restore(self, found: checkpoint.Found) -> tuple[int, dict[str, Any]]:
+        path, manifest = found.path, found.manifest
+        with self.heartbeat.during("loading"):
+            checkpoint.load(self.engine, path, manifest, self._blank_step)
+        _on_first_rank(lambda: checkpoint.set_aside_after(path.parent, manifest["step"]))
+        self.saved_step = manifest["step"]
+        return manifest["step"], manifest
+
+    def _blank_step(self) -> None:
+        empty = self.batches.collate([], self.recipe.text_positions, self.config.micro_batch)
+        before, self.engine.before_batch = self.engine.before_batch, lambda: None  # no leaving with half a state
+        self.engine.step([empty] * self.config.accumulation, lr=0.0)
+        self.engine.before_batch = before
+
+    def _facts(self, order: GlobalOrder) -> dict[str, Any]:
+        counts = self.config.model.parameter_counts()
+        return {
+            "parameters/total": counts.total,
+            "parameters/active": counts.active,
+            "device": get_accelerator().device_name(),
+            "ranks": dist.get_world_size(),
+            "expert_parallel": self.config.expert_parallel,
+            "parameters_on": self.config.parameter_tier,
+            "optimizer_on": self.config.optimizer_tier,
+            "precision": self.config.precision,
+            "micro_batch": self.config.micro_batch,
+            "accumulation": self.config.accumulation,
+            "matmul_peak_flops/rank": self.peak,
+            "host_bytes/before_model": self.host_bytes_before,
+            **{f"rows_a_step/{task}": count for task, count in order.counts.items()},
+        }
+
+
+def _on_first_rank(action: Callable[[], T]) -> T | None:
+    """Rank 0's result, and None elsewhere; a UserError there is raised on every rank. Collective."""
+    result, told = None, [""]
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            told = [str(error)]
+    dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise UserError(told[0])
+    return result

@@ -1,0 +1,145 @@
+"""Flat slices to and from safetensors, by torch.distributed.checkpoint.
+
+Its planning says who writes and who reads what. Its own writer of safetensors would serialise a whole rank's state in
+memory; this one streams the slices into the file and hashes what it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from training.snapshot import CHUNK, Snapshot
+from training.states import ELEMENT, Part
+from training.tensor_files import OFFSETS, head
+
+
+class Slice(Tensor):
+    """A 1-D part of a flat global tensor, as torch.distributed.checkpoint wants to see it."""
+
+    part: Part
+    local: Tensor | None
+
+    @staticmethod
+    def of(part: Part, local: Tensor | None = None) -> Slice:
+        """`local`: what is read into; to be written, a slice needs none, since the snapshot brings its values."""
+        made = Tensor._make_subclass(Slice, torch.empty(0))
+        made.part, made.local = part, local
+        return made
+
+    def size(self, dim: int | None = None) -> Any:
+        """The global size: the load planner compares it with what was saved."""
+        return torch.Size([self.part.length]) if dim is None else self.part.length
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size([self.part.offset]), torch.Size([self.part.numel]))
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        data = TensorWriteData(self._chunk(), TensorProperties(torch.float32), self.size())
+        return [WriteItem(MetadataIndex(fqn, torch.Size([self.part.offset])), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
+        assert self.local is not None
+        return self.local
+
+
+class SliceWriter(dcp.HuggingFaceStorageWriter):
+    """Writes one file a rank, from a snapshot that is filled in the order of the slices."""
+
+    def __init__(self, folder: Path, snapshot: Snapshot):
+        super().__init__(str(folder), save_distributed=True)
+        self._snapshot = snapshot
+        self.written: dict[str, dict[str, Any]] = {}  # this rank's files: name -> size in bytes and checksum
+
+    def write_data(self, plan: SavePlan, _: Any) -> Future[list[WriteResult]]:
+        name = f"rank-{dist.get_rank():05}.safetensors"
+        with _Sink(Path(self.path) / name) as sink:
+            sink.write(_header(plan.items))
+            for item in plan.items:
+                for chunk in self._snapshot.take(_bytes(item)):
+                    sink.write(chunk.view(torch.uint8).numpy().data)
+        self.written[name] = sink.facts()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([WriteResult(item.index, _bytes(item), None) for item in plan.items])
+        return done
+
+
+class SliceReader(dcp.HuggingFaceStorageReader):
+    """Reads the headers once, however many times it is read from."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata()
+        return self._metadata
+
+
+class _Sink:
+    """A file that is hashed while it is written, and flushed to the disk before it is closed."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb", buffering=0)
+        self._hash, self._size = xxhash.xxh3_128(), 0
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                os.fsync(self._file.fileno())
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        self._size += len(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def facts(self) -> dict[str, Any]:
+        return {"bytes": self._size, "xxh3": self._hash.hexdigest()}
+
+
+def checksum(path: Path, from_disk: bool = False) -> dict[str, Any]:
+    """Size and XXH3 (128 bits) of a file; `from_disk`: as the disk holds it, not as memory remembers it."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        if from_disk:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while data := file.read(CHUNK):
+            digest.update(data)
+            size += len(data)
+    return {"bytes": size, "xxh3": digest.hexdigest()}
+
+
+def _bytes(item: WriteItem) -> int:
+    return _chunk_of(item).sizes[0] * ELEMENT
+
+
+def _chunk_of(item: WriteItem) -> ChunkStorageMetadata:
+    assert item.tensor_data is not None  # it is no blob
+    return item.tensor_data.chunk
+
+
+def _header(items: Sequence[WriteItem]) -> bytes:
+    """The head of a safetensors file, with what torch.distributed.checkpoint's reader wants to know of slices."""
+    offsets = {item.index.fqn: {"saved_offsets": list(_chunk_of(item).offsets)} for item in items}
+    tensors = [(item.index.fqn, "F32", _chunk_of(item).sizes, _bytes(item)) for item in items]
+    return head(tensors, {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})

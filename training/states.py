@@ -1,0 +1,212 @@
+"""A rank's share of the training state, as parts of flat global tensors that no longer depend on the layout.
+
+Every parameter's fp32 master and Adam moments are one flat tensor each, of which a rank holds its ZeRO partition, a
+1-D slice; the experts of one layer form one tensor over all expert-parallel ranks. The parts lie in memory, on the
+device, or in the swap files of NVMe offload.
+
+DeepSpeed's public accessors (`safe_get_local_fp32_param` and its like) read and write a whole sub-group of parameters
+from NVMe for each one asked for; so this goes by sub-groups, and reads swap files as the files they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import groups
+from torch import Tensor
+
+from training.engine import Engine
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+ELEMENT = 4  # bytes: every state is fp32
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Where a part lies in a swap file, in bytes."""
+
+    path: Path
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [offset, offset + numel) of the flat global tensor `key`, which has `length` of them."""
+
+    key: str
+    offset: int
+    numel: int
+    length: int
+    source: Tensor | FileRange
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * ELEMENT
+
+
+@dataclass(frozen=True)
+class _Partition:
+    """A parameter's ZeRO partition on this rank: `numel` real elements (no padding) at `start` of its sub-group."""
+
+    name: str
+    group: int
+    start: int
+    numel: int
+    offset: int
+    length: int
+
+
+def parts(engine: Engine) -> list[Part]:
+    """All of this rank's state as it lies, sub-group by sub-group; nothing is read or copied."""
+    return [part for group in _by_group(engine).values() for part in _parts(engine, group)]
+
+
+def resident(engine: Engine, kinds: tuple[str, ...]) -> Iterator[list[tuple[Part, Tensor]]]:
+    """The parts of `kinds` with their values in memory, one sub-group after the other; what is written there stays.
+
+    One sub-group at a time, since with NVMe offload memory need not hold more. Working copies follow their masters.
+    """
+    optimizer = engine.deepspeed.optimizer
+    if MASTER in kinds:
+        optimizer._partition_all_parameters()  # what is gathered now would not follow
+    for number, group in _by_group(engine).items():
+        swapped = optimizer._swappable_optimizer_subgroup(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        flats = _flat_states(engine, number)
+        views = [(p, kind, _view(flats[kind], p)) for p in group for kind in kinds]
+        yield [(_part(p, kind, view), view) for p, kind, view in views]
+        if MASTER in kinds:
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
+
+
+def _by_group(engine: Engine) -> dict[int, list[_Partition]]:
+    found: dict[int, list[_Partition]] = {}
+    for partition in _partitions(engine):
+        found.setdefault(partition.group, []).append(partition)
+    return dict(sorted(found.items()))
+
+
+def _partitions(engine: Engine) -> Iterator[_Partition]:
+    optimizer = engine.deepspeed.optimizer
+    parameter: Any  # under ZeRO-3, with attributes that torch does not know
+    for name, parameter in engine.model.named_parameters():
+        share = parameter.ds_tensor.ds_numel
+        first = parameter.ds_zero_partition_rank * share
+        real = min(share, parameter.ds_numel - first)  # the last partition is padded, and may be padding only
+        if real > 0:
+            group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            size, rank = _expert_parallel(parameter)
+            offset = rank * parameter.ds_numel + first
+            yield _Partition(name, group, int(start), real, offset, size * parameter.ds_numel)
+
+
+def _expert_parallel(parameter: Any) -> tuple[int, int]:
+    """How many ranks share the layer's experts, and this rank's number among them."""
+    if getattr(parameter, "ds_zero_placement_family", None) != "autoep_expert":
+        return 1, 0
+    name = parameter.ds_zero_partition_group_name
+    return groups._get_expert_parallel_world_size(name), groups._get_expert_parallel_rank(name)
+
+
+def _parts(engine: Engine, group: list[_Partition]) -> list[Part]:
+    optimizer, number = engine.deepspeed.optimizer, group[0].group
+    flats = _flat_states(engine, number)
+    if not optimizer._swappable_optimizer_subgroup(number):
+        return [_part(p, kind, _view(flat, p)) for p in group for kind, flat in flats.items()]
+    info = optimizer.optimizer_swapper.swap_params_info[flats[MASTER].ds_id]
+    files = {id(context.compute_tensor): Path(context.swap_path) for context in info.tensors}
+    return [
+        _part(p, kind, FileRange(files[id(flat)], p.start * ELEMENT, p.numel * ELEMENT))
+        for p in group
+        for kind, flat in flats.items()
+    ]
+
+
+def _flat_states(engine: Engine, number: int) -> dict[str, Any]:
+    """The sub-group's flat states by kind: empty tensors while they lie on NVMe."""
+    optimizer = engine.deepspeed.optimizer
+    flat = optimizer.fp32_partitioned_groups_flat[number]
+    state = optimizer.optimizer.state.get(flat, {})
+    return {MASTER: flat} | {kind: state[kind] for kind in MOMENTS if kind in state}
+
+
+def _view(flat: Tensor, partition: _Partition) -> Tensor:
+    return flat.detach().narrow(0, partition.start, partition.numel)
+
+
+def _part(partition: _Partition, kind: str, source: Tensor | FileRange) -> Part:
+    return Part(f"{partition.name}.{kind}", partition.offset, partition.numel, partition.length, source)
+
+
+def swap_damage(engine: Engine) -> str:
+    """What is wrong with this rank's swap files of NVMe offload; "" if they are as they should be, or there are none.
+
+    DeepSpeed only asserts that a read went well.
+    """
+    for path, size in _swap_files(engine):
+        found = path.stat().st_size if path.exists() else None
+        if found is None or found < size:
+            return f"{path}: {'missing' if found is None else f'{found:,} bytes of {size:,}'}"
+    return ""
+
+
+def _swap_files(engine: Engine) -> Iterator[tuple[Path, int]]:
+    """Path and size in bytes, of optimizer states and of parameters."""
+    optimizer = engine.deepspeed.optimizer
+    swapper: Any = optimizer.optimizer_swapper if optimizer.swap_optimizer else None
+    for info in swapper.swap_params_info.values() if swapper else ():
+        for path in info.get_swap_paths():
+            yield Path(path), swapper._io_aligned_numel(info.numel()) * swapper.swap_element_size
+    parameter: Any
+    for parameter in engine.model.parameters():
+        swapper = parameter.nvme_swapper
+        if swapper and parameter.ds_id in swapper.id_to_path:
+            numel = swapper._io_aligned_numel(parameter.ds_tensor.ds_numel)
+            yield Path(swapper.id_to_path[parameter.ds_id]), numel * swapper.swap_element_size
+
+
+def lengths(engine: Engine) -> dict[str, int]:
+    """How many values each parameter has, over all ranks."""
+    parameter: Any
+    found = {}
+    for name, parameter in engine.model.named_parameters():
+        found[name] = _expert_parallel(parameter)[0] * parameter.ds_numel
+    return found
+
+
+def clear_moments(engine: Engine) -> None:
+    """As they are before the first step."""
+    for group in resident(engine, MOMENTS):
+        for _, view in group:
+            view.zero_()
+
+
+def adam_step(engine: Engine) -> int:
+    """Steps that Adam has taken; no state exists before the first."""
+    return max((int(state["step"]) for state in _adam_states(engine)), default=0)
+
+
+def set_adam_step(engine: Engine, step: int) -> None:
+    """Let Adam's bias correction go on from `step`."""
+    for state in _adam_states(engine):
+        state["step"] = torch.full_like(state["step"], step) if isinstance(state["step"], Tensor) else step
+    adam = engine.deepspeed.optimizer.optimizer
+    if not hasattr(adam, "ds_opt_adam"):
+        return
+    # DeepSpeed's CPU Adam keeps beta^t as a running product; only the same multiplications give the same bits.
+    group, one = adam.param_groups[0], torch.zeros(1)
+    fixed = (0.0, *group["betas"], group["eps"], 0.0, True)
+    for past in range(1, step + 1):
+        adam.ds_opt_adam.adam_update(adam.opt_id, past, *fixed, one, one.clone(), one.clone(), one.clone())
+
+
+def _adam_states(engine: Engine) -> list[dict[str, Any]]:
+    return [state for state in engine.deepspeed.optimizer.optimizer.state.values() if "step" in state]
