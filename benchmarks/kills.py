@@ -2,10 +2,10 @@
 
     python -m benchmarks.kills [--kills 100] [--seed 1]
 
-Two ranks train a small model under `m6 train --supervise` and are killed at random: either of them, one time in four
-at any moment of their start, else within two seconds after its first step, and of these one in three as a checkpoint is
-being written. An uninterrupted run of the same recipe is the
-measure: the files of its last checkpoint, its losses and evaluations by step.
+Two ranks train a small model under `m6 train --supervise`, and one of them is killed again and again: one time in
+four at any moment of its start, else within a dozen steps, and of these one in three as a checkpoint is being written.
+An uninterrupted run of the same recipe is the measure: the files of its last checkpoint, its losses and evaluations by
+step.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from training.run import CHECKPOINTS, INCIDENTS, RANKS
 from training.tracking import Record, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK_COUNT, SAVE_EVERY, STEPS_A_KILL = 2, 5, 40
+RANK_COUNT, SAVE_EVERY, STEPS_A_KILL = 2, 5, 20
+MOST_STEPS = 12  # before a kill
 LOOK_SECONDS = 0.05
-SAVE_SECONDS = 5.0  # that a kill may wait for a checkpoint being written
+SAVE_SECONDS = 2.0  # that a kill may wait for a checkpoint being written
 ENVIRONMENT = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 SMALL = [
     "model.layers=2", "model.hidden=64", "model.ffn=128", "model.experts=8", "model.text_vocab=540",
@@ -58,6 +59,7 @@ class Kill:
     killed: set[int]  # process ids of the ranks of that time
     new_processes: float | None = None
     next_step: float | None = None
+    resumed: int = 0  # from which step
     lost_steps: int | None = None
 
 
@@ -132,21 +134,25 @@ def strike(
 ) -> Kill | None:
     """Kill one rank at a random moment; None if the run ends first. `usual`: seconds that a start takes."""
     victim, in_start, in_save = chance.randrange(RANK_COUNT), chance.random() < 1 / 4, chance.random() < 1 / 3
-    moment = time.time() + chance.uniform(0, usual) if in_start else None
-    after = chance.uniform(0, 2)
+    moment, steps = time.time() + chance.uniform(0, usual), chance.randrange(MOST_STEPS)
     last = before[-1] if before else Kill(time.time(), "none", False, 0, set())
     while process.poll() is None:
         observe(process, run, last)
-        if moment is None and last.next_step is not None:
-            moment = time.time() + after
-        pids, now = rank_pids(process), time.time()
-        if moment is None or now < moment or len(pids) < RANK_COUNT or last.killed & set(pids.values()):
-            time.sleep(LOOK_SECONDS)
-            continue
-        saving = any((run / CHECKPOINTS).glob(".step-*.partial"))
-        if saving or in_start or not in_save or now > moment + SAVE_SECONDS:
+        pids = rank_pids(process)
+        due = time.time() > moment if in_start else last.next_step is not None and last_step(run) > last.resumed + steps
+        if due and len(pids) == RANK_COUNT and not last.killed & set(pids.values()):
+            saving = not in_start and in_save and saves_soon(run)
             return strike_now(run, pids, victim, saving)
+        time.sleep(LOOK_SECONDS)
     return None
+
+
+def saves_soon(run: Path) -> bool:
+    """Wait until a checkpoint is being written; False if none was within SAVE_SECONDS."""
+    until = time.time() + SAVE_SECONDS
+    while not (saving := any((run / CHECKPOINTS).glob(".step-*.partial"))) and time.time() < until:
+        time.sleep(0.002)
+    return saving
 
 
 def strike_now(run: Path, pids: dict[int, int], victim: int, saving: bool) -> Kill:
@@ -167,9 +173,10 @@ def observe(process: subprocess.Popen, run: Path, kill: Kill) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             kill.new_processes = min(psutil.Process(pid).create_time() for pid in new) - kill.at
     beat = read_beat(run / RANKS, 0)
-    if beat and beat[0].pid in new and beat[0].phase != "starting":
-        kill.lost_steps = kill.step - beat[0].first_step
-        if last_step(run) > beat[0].first_step:
+    if beat and beat[0].pid in new and beat[0].phase not in ("starting", "loading"):
+        kill.resumed = beat[0].first_step
+        kill.lost_steps = kill.step - kill.resumed
+        if last_step(run) > kill.resumed:
             kill.next_step = time.time() - kill.at
 
 

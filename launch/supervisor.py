@@ -248,7 +248,8 @@ class Supervisor:
         except OSError as error:
             where = f"no stacks ({error})"
         phase = "/".join(sorted(phases)) or "starting"
-        _say(f"{end.what}, at step {attempt.step} ({phase}); {where}")
+        place = "as it started" if phases <= {"starting", "loading"} else f"at step {attempt.step} ({phase})"
+        _say(f"{end.what}, {place}; {where}")
         self._record("failed", attempt.step, what=end.what, ranks=end.ranks, phase=phase, stacks=f"{INCIDENTS}/{name}")
 
     def _tell_recovered(self, step: int) -> None:

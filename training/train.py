@@ -33,6 +33,7 @@ def main() -> None:
     """Train on this rank. Ends with an exit code of `training.errors`, or 1, and says so in its heartbeat too."""
     arguments, heartbeat = _arguments(), Heartbeat()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, at DeepSpeed's calls, once a call
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads what it needs by itself
     try:
         code = _train(arguments, heartbeat)
     except StopRequested:

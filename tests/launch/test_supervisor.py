@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The supervisor in a process of its own, with its patience of minutes cut to seconds.
 PROGRAM = """
-import subprocess, sys
+import signal, subprocess, sys
 from pathlib import Path
 from launch import supervisor
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
 
 supervisor.SILENT_SECONDS, supervisor.FIRST_STEPS_SECONDS, supervisor.LONGEST_DELAY = 2.0, 3.0, 0.1
 folder, ending = Path(sys.argv[1]), sys.argv[2]
@@ -113,7 +115,7 @@ def test_a_failure_before_the_run_has_begun_starts_it_afresh(tmp_path: Path) -> 
     code, lines = supervise(tmp_path, "early")
     assert code == 1
     assert attempts(tmp_path) == ["early"] * 3
-    assert lines[0].startswith("m6: rank ") and "failed (code 1), at step 0 (starting)" in lines[0]
+    assert lines[0].startswith("m6: rank ") and "failed (code 1), as it started; stacks in " in lines[0]
 
 
 def test_a_mistake_of_the_user_is_not_tried_again(tmp_path: Path) -> None:
