@@ -23,7 +23,8 @@ from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
 from training.extensions import prepare_extensions
 
-TIERS = {"device": ranks.NONE, "CPU": ranks.CPU, "NVMe": ranks.NVME}
+TIERS = {"device": "cpu.json", "CPU": "cpu-offload.json", "NVMe": "nvme.json"}
+DS = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": False}}
 BUFFER = 2**30  # bytes a rank, the recipe's default
 
 
@@ -40,9 +41,9 @@ def main() -> None:
         data.mkdir()
         build_sample(data)
         for name, tier in TIERS.items():
-            ds, model = ranks.settings(tier, 2), {"preset": arguments.preset, "text_vocab": 540}
+            changes = {"ds_config": f"ds_configs/{tier}", "model": {"preset": arguments.preset, "text_vocab": 540}}
             places = data, Path(folder) / "swap", Path(folder) / name
-            rounds = run_ranks(2, measure, *places, ds, model, arguments.rounds, timeout=3600)
+            rounds = run_ranks(2, measure, *places, changes, arguments.rounds, timeout=3600)
             print(row(name, rounds), flush=True)
 
 
@@ -61,11 +62,11 @@ def row(name: str, rounds: list[list[dict[str, float]]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def measure(data: Path, swap: Path, folder: Path, ds: dict[str, Any], model: dict[str, Any], rounds: int) -> Any:
+def measure(data: Path, swap: Path, folder: Path, changes: dict[str, Any], rounds: int) -> Any:
     """Seconds of each round on this rank."""
     from training import checkpoint, states
 
-    rank = ranks.Rank(data, swap, ds, {"model": model})
+    rank = ranks.Rank(data, swap, DS, changes)
     rank.train(0, 1)
     saver = checkpoint.Saver(folder, checkpoint.Retention(1), BUFFER)
     found = []

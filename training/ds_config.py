@@ -360,6 +360,8 @@ def _resolve_nvme(
                 "zero_optimization.offload_param.device=nvme: DeepSpeed cannot swap one physical layer on one rank: "
                 "use 2 ranks, or cpu"
             )
+        for key in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
+            zero.setdefault(key, 0)  # or weights would be kept until no buffer is left to read the next one into
         _resolve_buffers(zero["offload_param"], model, parallel, world)
 
 

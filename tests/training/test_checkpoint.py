@@ -82,13 +82,11 @@ def test_files_are_safetensors_and_a_sealed_manifest(saved: Any) -> None:
     assert {path.name for path in saved[0].iterdir()} == {checkpoint.LATEST, f"step-{STEP}"}
 
 
-@pytest.mark.parametrize(
-    "tier", [ranks.NONE, pytest.param(ranks.NVME, marks=NVME)], ids=["device", "nvme"]
-)  # fmt: skip
-def test_what_is_written_is_the_state_at_the_call(sample_corpus: Corpus, tmp_path: Path, tier: dict[str, Any]) -> None:
-    """Through the smallest buffer, while training changes the state: what is read back is what was there."""
+@NVME
+def test_what_is_written_is_the_state_at_the_call(sample_corpus: Corpus, tmp_path: Path) -> None:
+    """From swap files, through the smallest buffer, while training changes the state: what is read back was there."""
     folder, data = tmp_path / "checkpoints", sample_corpus.folder.parent
-    ds = ranks.settings(tier, 2)
+    ds = ranks.settings(ranks.NVME, 2)
     saved = run_ranks(2, ranks.save_at, data, tmp_path / "swap", ds, folder, STEP, LAST, 1)
     loaded = run_ranks(2, ranks.load_and_train, data, tmp_path / "swap", ds, folder, STEP, LAST)
     assert values(loaded) == values(saved)
