@@ -28,13 +28,15 @@ from training.export import CONFIG, INDEX, WEIGHTS, load_exported
 STEP = 3
 BATCH = 7  # of the global order: one that was not trained on
 
+SMALL = ranks.MODEL | {"ffn": 256}  # the sizes below are its
+
 
 def train_and_save(data: Path, folder: Path) -> dict[str, Any]:
     """Train to STEP, save there: the state, and what the model says next."""
     from training import checkpoint, states
 
     ds = ranks.settings(ranks.NONE, 2)
-    rank = ranks.Rank(data, folder / "swap", ds, {"data": str(data)})
+    rank = ranks.Rank(data, folder / "swap", ds, {"data": str(data), "model": SMALL})
     rank.train(0, STEP)
     corpus = rank.collate.corpus
     facts = {
@@ -146,7 +148,7 @@ def load_without_pickle(data: Path, run: Path, blown: Path) -> dict[str, Any]:
     """
     from training import checkpoint
 
-    rank = ranks.Rank(data, run / "swap", ranks.settings(ranks.NONE, 1))
+    rank = ranks.Rank(data, run / "swap", ranks.settings(ranks.NONE, 1), {"model": SMALL})
     unpickler = _pickle.Unpickler
 
     def refuse(*_: object, **__: object) -> None:
