@@ -147,8 +147,8 @@ request = stopping.StopRequest()
 if sys.argv[1] == "running":
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     request.begin()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(20)
 except stopping.StopRequested:
     sys.exit(75)
