@@ -219,7 +219,8 @@ def test_memory_is_bounded_by_buffers_and_by_a_layer_not_by_the_model(sample_cor
     exported, bounded, whole, equal = json.loads(done.stdout.splitlines()[-1])
     print(f"model {size:,}; growth: export {exported:,}, from the disk {bounded:,}, in memory {whole:,}")
     assert equal and size > 200_000_000
-    assert exported < 64_000_000 and bounded < 100_000_000 and whole > 0.9 * size
+    a_layer = size / 6
+    assert exported < 64_000_000 and bounded < 90_000_000 + a_layer and whole > 0.9 * size
 
 
 @pytest.fixture(scope="module")
