@@ -18,8 +18,8 @@ from training import machine
 SETUP = "bash launch/setup.sh"
 # The quick start's two ranks grow to 8 gigabytes; the corpus and one run take about as much disk.
 ENOUGH_MEMORY, ENOUGH_DISK = 10 * 10**9, 10 * 10**9
-# DeepSpeed's all-reduce between CPU ranks reserves 66 MB for each; containers often have 64 MB in all.
-ENOUGH_SHARED_MEMORY = 2 * 66 * 10**6
+# What NCCL's guide asks for, which moves data between a node's GPUs through it; containers often have 64 MB.
+ENOUGH_SHARED_MEMORY = 10**9
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,17 @@ def hardware() -> list[Finding]:
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     bf16 = ", ".join(sorted(machine.cpu_flags() & {"amx_bf16", "amx_tile", "avx512_bf16"}))
     without = "nothing: the CPU's ds_configs train in fp32 here (bf16 would be slow)"
-    return [
+    findings = [
         _accelerators(),
         Finding("cores", str(machine.usable_cores())),
         Finding("bf16 instructions", bf16 or "none", advice="" if machine.multiplies_bf16() else without),
         _enough("memory", memory, ENOUGH_MEMORY, "choose m6-tiny and --ranks 1"),
         _enough("free disk", disk, ENOUGH_DISK, "make room for the corpus and the checkpoints"),
-        _enough("shared memory", shared, ENOUGH_SHARED_MEMORY, "in a container: docker run --shm-size=1g"),
     ]
+    if machine.gpus_listed():
+        advice = "in a container: docker run --shm-size=1g"
+        findings.append(_enough("shared memory", shared, ENOUGH_SHARED_MEMORY, advice))
+    return findings
 
 
 def _accelerators() -> Finding:

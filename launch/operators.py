@@ -29,7 +29,6 @@ class Operator:
 
 
 CPU_ADAM = Operator("cpu_adam", "CPUAdamBuilder", "the optimizer on the CPU", "about a minute")
-SHARED_MEMORY = Operator("deepspeed_shm_comm", "ShareMemCommBuilder", "all-reduce between CPU ranks", "half a minute")
 ASYNC_IO = Operator("async_io", "AsyncIOBuilder", "NVMe offload", "two to four minutes")
 
 # An exception, unlike the signal's own effect, makes PyTorch take its lock away.
@@ -58,8 +57,7 @@ def on_gpu() -> bool:
 
 def needed_operators() -> list[Operator]:
     """On a GPU they serve offload only: what stays there is stepped by torch's own AdamW."""
-    needed = [CPU_ADAM] if on_gpu() else [CPU_ADAM, SHARED_MEMORY]
-    return [*needed, ASYNC_IO] if has_libaio() else needed
+    return [CPU_ADAM, ASYNC_IO] if has_libaio() else [CPU_ADAM]
 
 
 def is_built(operator: Operator) -> bool:

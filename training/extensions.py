@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import cpuinfo
 import psutil
 
 COMPILERS = {"ninja", "c++", "g++", "cc1plus", "nvcc", "cudafe++"}
@@ -33,19 +29,6 @@ def prepare_extensions() -> None:
     """Make this process, and those it starts, use `extension_root()`, free of stale locks."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extension_root())
     clear_stale_locks(extension_root())
-
-
-def spare_slow_starts() -> None:
-    """Keep DeepSpeed from what takes a rank seconds at each start, and serves nothing here.
-
-    ZeRO-3 imports the Muon optimizer, which at once asks torch to compile three functions: that imports the whole
-    compiler. And CPU Adam asks py-cpuinfo three times, which starts processes each time.
-    """
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
-    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
-    compile_whole, compiler.compile = compiler.compile, lambda: lambda function: function
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    compiler.compile = compile_whole
 
 
 def clear_stale_locks(root: Path) -> list[Path]:

@@ -6,24 +6,21 @@ deepspeed --num_accelerators 2 --no_local_rank --module training.train --recipe 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import signal
 import sys
 import time
 import warnings
-from typing import Any
 
-import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from training.errors import LEFT, LOST_PEER, MISTAKE, UserError
-from training.extensions import prepare_extensions, spare_slow_starts
+from training.extensions import prepare_extensions
 from training.heartbeat import Heartbeat
 from training.loop import Training
 from training.recipe import load_recipe
+from training.start import init_distributed
 from training.stopping import StopRequested, answer
 
 LAUNCHER_SECONDS = 5  # that a launcher may take to see that one of its ranks ended, and to end the others
@@ -54,9 +51,7 @@ def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:
         overrides = arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
         recipe = load_recipe(arguments.recipe, overrides)
         prepare_extensions()
-        spare_slow_starts()
-        with _quiet():
-            deepspeed.init_distributed()
+        init_distributed()
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
         training = Training(recipe, arguments.name, arguments.resume, arguments.allow_change, heartbeat)
         code = training.run()
@@ -106,12 +101,6 @@ def _tell_lost_peer(step: int) -> None:
     time.sleep(LAUNCHER_SECONDS)
     rank = os.environ.get("RANK", 0)
     print(f"m6: rank {rank}: another rank went away at step {step}; see what it said", file=sys.stderr, flush=True)
-
-
-def _quiet() -> contextlib.AbstractContextManager[Any]:
-    """DeepSpeed prints a line a rank about its operators: only for those who ask."""
-    wanted = bool(os.environ.get("M6_DEBUG"))
-    return contextlib.nullcontext() if wanted else contextlib.redirect_stdout(io.StringIO())
 
 
 def _arguments() -> argparse.Namespace:

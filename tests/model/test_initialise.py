@@ -11,6 +11,7 @@ from model.initialise import Linear, fill_normal
 from model.m6 import M6
 from tests.model.samples import TINY
 from tests.ranks import run_ranks
+from training.start import init_distributed
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -75,7 +76,7 @@ def test_experts_that_do_not_divide_are_refused():
 def weights_under_zero_init() -> dict[str, Tensor]:
     import deepspeed
 
-    deepspeed.init_distributed("gloo", verbose=False)
+    init_distributed()
     bf16 = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
     with deepspeed.zero.Init(config_dict_or_path=bf16):
         model = M6(dataclasses.replace(TINY, share_layers=True), seed=3)

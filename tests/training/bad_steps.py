@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tests.training.engine_ranks import Rank, state_digests
+from training.start import init_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD_RANK = 1
@@ -90,13 +91,11 @@ def train_with_spikes(
     folder: Path, data: Path, resume: bool, overrides: list[str], spikes: Mapping[int, float]
 ) -> None:
     """A run in `folder`, as `training.loop` has it, but some losses are multiplied, by their place in the order."""
-    import deepspeed
-
     from training.loop import Training
     from training.recipe import load_recipe
 
     os.chdir(folder)
-    deepspeed.init_distributed("gloo", verbose=False)
+    init_distributed()
     recipe = load_recipe(ROOT / "launch/recipes/quickstart.yaml", [*overrides, f"data={data}"])
     training = Training(recipe, "run", resume)
     step = training.engine.step

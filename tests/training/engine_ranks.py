@@ -4,6 +4,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from training.start import init_distributed
+
 # Experts are wide enough for DeepSpeed to swap their weights: it leaves what is under 1 MiB on a rank in memory.
 MODEL = {
     "preset": "m6-tiny", "layers": 2, "hidden": 64, "ffn": 2048, "heads": 4, "experts": 8, "k": 2, "text_vocab": 540,
@@ -48,7 +50,6 @@ class Rank:
     """One rank's engine and batches."""
 
     def __init__(self, data: Path, swap: Path, ds: dict[str, Any], changes: dict[str, Any] | None = None):
-        import deepspeed
         import torch.distributed as dist
 
         from training import ds_config
@@ -60,7 +61,7 @@ class Rank:
         from training.recipe import parse_recipe
 
         warnings.simplefilter("ignore")
-        deepspeed.init_distributed("gloo", verbose=False)
+        init_distributed()
         values = RECIPE | {"ds_config": "ds_configs/cpu.json", "ds": ds} | (changes or {})
         self.recipe = parse_recipe(values, [], "test")
         world = dist.get_world_size()

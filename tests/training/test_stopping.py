@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 from tests.training.test_train import ROOT, SMALL, losses
 from training.data.corpus import Corpus
 from training.errors import LEFT
+from training.start import init_distributed
 from training.tracking import read_lines
 
 pytestmark = pytest.mark.timeout(300)
@@ -24,13 +25,11 @@ SETTINGS = [*SMALL, "tracking.wandb=disabled"]
 
 def train_and_leave(folder: Path, data: Path) -> list[tuple[int, int]]:
     """One whole run, then another that rank 1 is asked to leave twice: exit code and step of each part of it."""
-    import deepspeed
-
     from training import loop as program
     from training.recipe import load_recipe
 
     os.chdir(folder)
-    deepspeed.init_distributed("gloo", verbose=False)
+    init_distributed()
     recipe = load_recipe(ROOT / "launch/recipes/quickstart.yaml", [*SETTINGS, f"data={data}"])
 
     def part(name: str, resume: bool, stop_at: Callable[[Any], bool]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from training import checkpoint
 from training.data.corpus import Corpus
 from training.errors import UserError
 from training.run import lock_run
+from training.start import init_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(300)
@@ -120,15 +121,13 @@ def test_a_second_run_of_the_name_is_refused_and_nothing_is_lost(sample_corpus: 
 
 def construct_late(folder: Path, data: Path) -> str:
     """Rank 1 comes to each look at the run's folder seconds after rank 0."""
-    import deepspeed
-
     from training import loop as program
     from training.recipe import load_recipe
 
     look = program.open_run
     program.open_run = lambda *args: (time.sleep(3 * int(os.environ["RANK"])), look(*args))[1]
     os.chdir(folder)
-    deepspeed.init_distributed("gloo", verbose=False)
+    init_distributed()
     overrides = [*SMALL, f"data={data}", "tracking.wandb=disabled"]
     training = program.Training(load_recipe(ROOT / "launch/recipes/quickstart.yaml", overrides), "run", resume=False)
     training.close()
@@ -141,13 +140,11 @@ def test_a_slow_rank_finds_the_folder_as_new_as_the_first_did(sample_corpus: Cor
 
 def resume_others(folder: Path, data: Path, manifests: list[dict[str, Any]]) -> list[str]:
     """What is said to a resumed run whose newest checkpoint has one of these manifests."""
-    import deepspeed
-
     from training.loop import Training
     from training.recipe import load_recipe
 
     os.chdir(folder)
-    deepspeed.init_distributed("gloo", verbose=False)
+    init_distributed()
     recipe = load_recipe(ROOT / "launch/recipes/quickstart.yaml", [*SMALL, f"data={data}", "tracking.wandb=disabled"])
     said = []
     for manifest in manifests:

@@ -1,0 +1,43 @@
+"""Start DeepSpeed on this rank, without what costs seconds or memory and serves nothing here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+from typing import Any
+
+import cpuinfo
+
+
+def init_distributed() -> None:
+    """Form the group of all ranks, as the launcher's environment says: over NCCL on GPUs, over gloo on CPUs."""
+    _spare_slow_starts()
+    deepspeed: Any = importlib.import_module("deepspeed")
+    with _quiet():
+        deepspeed.init_distributed(verbose=False)
+
+
+def _spare_slow_starts() -> None:
+    """Leave out what DeepSpeed would do at each start.
+
+    ZeRO-3 imports the Muon optimizer, which at once asks torch to compile three functions: that imports the whole
+    compiler. CPU Adam asks py-cpuinfo three times, which starts processes each time. And each CPU rank loads an
+    operator for all-reduce in tensor-parallel inference, with 69 MB of shared memory that nobody frees: it stays
+    taken after the rank's end, until the machine starts anew.
+    """
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compile_whole, compiler.compile = compiler.compile, lambda: lambda function: function
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    compiler.compile = compile_whole
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """DeepSpeed prints a line a rank about its operators: only for those who ask."""
+    wanted = bool(os.environ.get("M6_DEBUG"))
+    return contextlib.nullcontext() if wanted else contextlib.redirect_stdout(io.StringIO())
