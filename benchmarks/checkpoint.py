@@ -64,11 +64,11 @@ def row(name: str, rounds: list[list[dict[str, float]]]) -> str:
 
 def measure(data: Path, swap: Path, folder: Path, changes: dict[str, Any], rounds: int) -> Any:
     """Seconds of each round on this rank."""
-    from training import checkpoint, states
+    from training import checkpoint, checkpoint_files, states
 
     rank = ranks.Rank(data, swap, DS, changes)
     rank.train(0, 1)
-    saver = checkpoint.Saver(folder, checkpoint.Retention(1), BUFFER)
+    saver = checkpoint.Saver(folder, checkpoint_files.Retention(1), BUFFER)
     found = []
     for number in range(rounds + 1):
         parts = states.parts(rank.engine)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from training import checkpoint
+from training import checkpoint_files
 from training.run import CHECKPOINTS, FOLDER
 
 CUTS = (0.0, 0.001, 0.25, 0.5, 0.75, 0.999)  # of a file's length, besides its first and last byte
@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     source = FOLDER / arguments.run / CHECKPOINTS
-    path = source / f"step-{checkpoint.steps(source)[-1]}"
+    path = source / f"step-{checkpoint_files.steps(source)[-1]}"
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         copy = Path(shutil.copytree(path, Path(folder) / path.name))
         missed_flips = sum(not noticed(copy, *flip) for flip in track(flips(copy, arguments), "flipped bits"))
         cuts = [(name, length) for name in files(copy) for length in lengths(copy / name)]
         missed_cuts = sum(not noticed_cut(copy, *cut) for cut in track(cuts, "truncations"))
-        alarms = sum(bool(checkpoint.problems(copy)) for _ in track(range(arguments.loads), "clean loads"))
+        alarms = sum(bool(checkpoint_files.problems(copy)) for _ in track(range(arguments.loads), "clean loads"))
     size = sum((path / name).stat().st_size for name in files(path))
     print(f"{path}: {len(files(path))} files, {size / 1e6:.1f} MB")
     print(f"flipped bits:  {arguments.flips} tried, {missed_flips} missed")
@@ -67,7 +67,7 @@ def lengths(file: Path) -> list[int]:
 def noticed(path: Path, name: str, bit: int) -> bool:
     """Whether the flipped bit is noticed, and the file named; flips it back."""
     _flip(path / name, bit)
-    found = checkpoint.problems(path)
+    found = checkpoint_files.problems(path)
     _flip(path / name, bit)
     return any(name.removesuffix(".xxh3") in problem for problem in found)
 
@@ -77,7 +77,7 @@ def noticed_cut(path: Path, name: str, length: int) -> bool:
         file.seek(length)
         rest = file.read()
     os.truncate(path / name, length)
-    found = checkpoint.problems(path)
+    found = checkpoint_files.problems(path)
     with (path / name).open("ab") as file:
         file.write(rest)
     return any(name.removesuffix(".xxh3") in problem for problem in found)

@@ -13,10 +13,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from training import checkpoint
-from training.data.corpus import Corpus
+from training import checkpoint_files
 from training.errors import UserError
-from training.export import plan, write
 from training.recipe import parse_recipe
 from training.run import CHECKPOINTS, FOLDER
 
@@ -67,13 +65,16 @@ def export_run(
 
     `target` None is exports/step-N in the run's folder; `data` None is where the checkpoint's recipe has the corpus.
     """
+    from training.data.corpus import Corpus  # their imports take seconds, and verifying does without
+    from training.export import plan, write
+
     path = _chosen(_place(run), step)[-1].absolute()
     target = target or path.parent.parent / EXPORTS / path.name
     if target.exists():
         raise UserError(f"{target} exists: choose another --to")
-    with checkpoint.reading(path):
-        manifest = checkpoint.read_manifest(path)
-        recipe = parse_recipe(manifest.get("recipe", {}), [], str(path / checkpoint.MANIFEST))
+    with checkpoint_files.reading(path):
+        manifest = checkpoint_files.read_manifest(path)
+        recipe = parse_recipe(manifest.get("recipe", {}), [], str(path / checkpoint_files.MANIFEST))
         planned = plan(path, manifest, recipe, Corpus.open(data or recipe.data), dtype, shard_size)
         with _bars() as bars:
             verified = _verified(path, bars)
@@ -97,7 +98,7 @@ def _chosen(place: Path, step: int | None) -> list[Path]:
     """The checkpoints that are meant, by steps."""
     if NAME.fullmatch(place.absolute().name):
         return [place]
-    steps = checkpoint.steps(place)
+    steps = checkpoint_files.steps(place)
     if not steps:
         raise UserError(f"{place}: no checkpoints there")
     if step is not None and step not in steps:
@@ -108,11 +109,11 @@ def _chosen(place: Path, step: int | None) -> list[Path]:
 def _verified(path: Path, bars: Progress) -> Verified | None:
     """Check a checkpoint; None if a running training has just pruned it."""
     try:
-        with checkpoint.reading(path):
+        with checkpoint_files.reading(path):
             sizes = [file.stat().st_size for file in path.iterdir()]
             written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
             bar = bars.add_task(path.name, total=sum(sizes))
-            problems = checkpoint.problems(path, partial(bars.advance, bar))
+            problems = checkpoint_files.problems(path, partial(bars.advance, bar))
     except OSError as error:
         if not path.exists():
             return None
@@ -122,14 +123,14 @@ def _verified(path: Path, bars: Progress) -> Verified | None:
 
 def _pointer_problem(place: Path) -> str:
     """What is wrong with `latest`; "" if it names a checkpoint that is there, by its checksum."""
-    path = place / checkpoint.LATEST
+    path = place / checkpoint_files.LATEST
     try:
         said = POINTER.fullmatch(path.read_text(encoding="utf-8"))
         if said is None:
             return f"{path}: damaged (it does not say which checkpoint is the latest)"
         if not (place / said[1]).is_dir():
             return f"{path}: names {said[1]}, which is not there"
-        seal = (place / said[1] / checkpoint.SEAL).read_text(encoding="utf-8")
+        seal = (place / said[1] / checkpoint_files.SEAL).read_text(encoding="utf-8")
         return "" if seal == said[2] else f"{path}: the checksum that it names is not that of {said[1]}"
     except FileNotFoundError as error:
         return f"{error.filename}: missing"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from launch import operators
 from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
 from launch.supervisor import Supervision, Supervisor
+from training import checkpoint_files
 from training.ds_config import DSConfig, default_path, resolve
 from training.errors import LEFT, MISTAKE, UserError
 from training.machine import usable_cores
@@ -136,9 +137,7 @@ def recipe_facts(plan: Plan) -> dict[str, str]:
 
 def resume_facts(plan: Plan) -> dict[str, str]:
     """Where it would go on."""
-    from training import checkpoint  # with torch, whose import takes seconds
-
-    saved = checkpoint.steps(plan.folder / CHECKPOINTS)
+    saved = checkpoint_files.steps(plan.folder / CHECKPOINTS)
     if not saved:
         return {"resume": "from the start: nothing is saved yet"}
     left = plan.recipe.steps - saved[-1]

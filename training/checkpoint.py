@@ -2,17 +2,12 @@
 
 A checkpoint loads on any number of ranks, any expert-parallel size and any offload tier (`training/states.py`), and
 nothing in it is a pickle. It is written to a temporary folder, each file is flushed and read back against its checksum,
-the manifest of checksums is added, the folder renamed, and only then does `latest` point at it. So a folder named
-`step-N` is always whole; what happens to it later, the checksums tell.
+the manifest of checksums is added, the folder renamed, and only then does `latest` point at it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
-import re
 import shutil
 import threading
 import time
@@ -23,31 +18,30 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 
 from training import states
+from training.checkpoint_files import (
+    FORMAT,
+    NewerFormat,
+    Retention,
+    checksum,
+    commit,
+    damage,
+    make_room,
+    prune,
+    read_manifest,
+    reading,
+    steps,
+)
 from training.engine import Engine
 from training.errors import UserError
-from training.recipe import shown
-from training.slices import Slice, SliceReader, SliceWriter, checksum
+from training.recipe import one_line, shown
+from training.slices import Slice, SliceReader, SliceWriter
 from training.snapshot import Snapshot
-from training.tensor_files import SavedSlice, saved_slices, size_of
+from training.tensor_files import SavedSlice, saved_slices
 
 T = TypeVar("T")
-
-FORMAT = 2
-MANIFEST, LATEST = "manifest.json", "latest"
-SEAL = f"{MANIFEST}.xxh3"  # the manifest's own checksum
-FILE_NAME = re.compile(r"rank-[0-9]{5,}\.safetensors")
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay: the newest `newest`, and those of every `every`-th step (0: none)."""
-
-    newest: int
-    every: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,10 +62,6 @@ class Found:
     path: Path
     manifest: dict[str, Any]
     refused: list[str]
-
-
-class NewerFormat(UserError):
-    """A checkpoint that only a newer version can read; passing over it would lose it."""
 
 
 class Saver:
@@ -103,7 +93,8 @@ class Saver:
         try:
             snapshot.fill(parts)
         except OSError as error:
-            raise UserError(f"the state cannot be read: {_one_line(error)}; resume from the last checkpoint") from None
+            reason = one_line(str(error))
+            raise UserError(f"the state cannot be read: {reason}; resume from the last checkpoint") from None
         finally:
             snapshot.end()
             stall.append(time.perf_counter() - started)
@@ -142,12 +133,12 @@ class Saver:
         final = self.folder / f"step-{manifest['step']}"
         partial = self.folder / f".{final.name}.partial"
         try:
-            self._on_first(lambda: _make_room(partial))
+            self._on_first(lambda: make_room(partial))
             writer = SliceWriter(partial, snapshot)
             with _as_user_error():
                 dcp.save(slices, storage_writer=writer, process_group=self._group)
             files = self._read_back(partial, writer.written)
-            self._on_first(lambda: _commit(partial, final, manifest | {"files": files}))
+            self._on_first(lambda: commit(partial, final, manifest | {"files": files}))
             self._on_first(lambda: prune(self.folder, self.retention))
         except UserError as error:
             if dist.get_rank() == 0:
@@ -176,7 +167,7 @@ class Saver:
             try:
                 action()
             except OSError as error:
-                told = [_one_line(error)]
+                told = [one_line(str(error))]
         dist.broadcast_object_list(told, src=0, group=self._group)
         _raise_first(told)
 
@@ -189,161 +180,14 @@ def _as_user_error() -> Iterator[None]:
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         if all(isinstance(cause, OSError) for cause in causes):
-            raise UserError(_one_line(causes[0])) from None
+            raise UserError(one_line(str(causes[0]))) from None
         raise
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _raise_first(errors: list[str]) -> None:
     for error in errors:
         if error:
             raise UserError(error)
-
-
-def _make_room(partial: Path) -> None:
-    for left in partial.parent.glob(".step-*"):  # of a save or a removal that was cut off
-        shutil.rmtree(left)
-    partial.mkdir(parents=True)
-
-
-def _commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, ensure_ascii=False, indent=1)
-    seal = xxhash.xxh3_128_hexdigest(text.encode())
-    _write_file(partial / MANIFEST, text)
-    _write_file(partial / SEAL, seal)
-    _sync(partial)
-    partial.rename(final)
-    _sync(final.parent)
-    _point_at(final, seal)
-
-
-def _point_at(path: Path, seal: str) -> None:
-    """Let `latest` name the checkpoint `path`."""
-    temporary = path.parent / f".{LATEST}.partial"
-    _write_file(temporary, f"{path.name} {seal}")
-    temporary.rename(path.parent / LATEST)
-    _sync(path.parent)
-
-
-def _write_file(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make what was created and renamed in `folder` last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in `folder`, ascending; whole ones, though perhaps damaged since."""
-    names = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def prune(folder: Path, retention: Retention) -> None:
-    """Remove what need not stay, except what is being read."""
-    for step in steps(folder)[: -retention.newest]:
-        if not (retention.every and step % retention.every == 0):
-            _remove(folder / f"step-{step}")
-
-
-def _remove(path: Path) -> None:
-    """First out of sight in one move, so that no half of it is ever taken for a checkpoint."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        hidden = path.with_name(f".{path.name}.removed")
-        path.rename(hidden)
-        shutil.rmtree(hidden)
-    except BlockingIOError:
-        return  # somebody reads it: its turn comes at a later save
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Hold a checkpoint so that no pruning takes it away."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(handle)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint `path`, checked against its seal. Raises UserError."""
-    try:
-        text = (path / MANIFEST).read_bytes()
-        seal = (path / SEAL).read_text(encoding="utf-8")
-        if xxhash.xxh3_128_hexdigest(text) != seal:
-            raise UserError(f"{path / MANIFEST}: damaged (its checksum is not the one in {SEAL})")
-        manifest = json.loads(text)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path / MANIFEST}: cannot be read ({_one_line(error)})") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        raise NewerFormat(f"{path}: checkpoint format {found}, this program reads {FORMAT}; use the newer one")
-    if found != FORMAT:
-        raise UserError(f"{path}: checkpoint format {found}, this program reads {FORMAT}")
-    if fault := _fault(path, manifest):
-        raise UserError(f"{path / MANIFEST}: {fault}")
-    return manifest
-
-
-def _fault(path: Path, manifest: dict[str, Any]) -> str:
-    """Why a manifest is none though its seal is right, which anyone can make; "" if it is one."""
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not isinstance(manifest.get("step"), int):
-        return "it is no checkpoint's"
-    for name, facts in files.items():
-        if not FILE_NAME.fullmatch(name):
-            return f"{name[:80]!r} is no name of a checkpoint's file"
-        if not isinstance(facts, dict) or [type(facts.get(key)) for key in ("bytes", "xxh3")] != [int, str]:
-            return f"{name} is listed without its size and checksum"
-    strangers = {file.name for file in path.glob("*.safetensors")} - files.keys()
-    return f"{min(strangers)} is not listed, and would be read" if strangers else ""
-
-
-def damage(path: Path, name: str, facts: dict[str, Any]) -> str:
-    """What is wrong with a file of the checkpoint `path`; "" if it is what its manifest says."""
-    file = path / name
-    try:
-        size = size_of(file)
-        if size != facts["bytes"]:
-            return f"{file}: {size:,} bytes instead of {facts['bytes']:,}"
-        return "" if checksum(file) == facts else f"{file}: damaged (its checksum is not the manifest's)"
-    except OSError as error:
-        return f"{file}: {error.strerror}"
-
-
-def problems(path: Path, advance: Callable[[int], object] = lambda size: None) -> list[str]:
-    """What is wrong with the checkpoint `path`, a line a file; [] if it is whole. All files are read.
-
-    `advance` is told the size of each file when it has been checked.
-    """
-    try:
-        files = read_manifest(path)["files"]
-    except UserError as error:
-        return [str(error)]
-    found = []
-    for name in sorted(files):
-        found.append(damage(path, name, files[name]))
-        advance(files[name]["bytes"])
-    return list(filter(None, found))
 
 
 def newest(folder: Path) -> Found | None:
@@ -383,20 +227,6 @@ def _gather(value: T) -> list[T]:
     return gathered
 
 
-def set_aside_after(folder: Path, step: int) -> None:
-    """Hide the checkpoints after `step`, from which training goes on: refused, or of a future that was given up.
-
-    Rank 0 alone. They stay on the disk until the next save.
-    """
-    given_up = [number for number in steps(folder) if number > step]
-    if given_up:
-        last = folder / f"step-{step}"
-        _point_at(last, (last / SEAL).read_text(encoding="utf-8"))
-    for later in given_up:
-        path = folder / f"step-{later}"
-        path.rename(path.with_name(f".{path.name}.aside"))
-
-
 def load(engine: Engine, path: Path, manifest: dict[str, Any], blank_step: Callable[[], None]) -> None:
     """Read a checkpoint into an engine, new or in use, whatever layout wrote it. Collective.
 
@@ -433,4 +263,4 @@ def _read(engine: Engine, reader: SliceReader, kinds: tuple[str, ...], path: Pat
         try:
             dcp.load(slices, storage_reader=reader, no_dist=True)
         except (CheckpointException, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: it is of another model ({_one_line(error)[:200]})") from None
+            raise UserError(f"{path}: it is of another model ({one_line(str(error))[:200]})") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.m6 import M6, Layer
 from model.vision import PatchEmbedding
+from training.checkpoint_files import flush
 from training.errors import UserError
 from training.recipe import Recipe, one_line, shown
 from training.tensor_files import SavedSlice, head, saved_slices
@@ -147,21 +147,13 @@ def _new_folder(target: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         partial.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({one_line(str(error))})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_weights(path: Path, plan: Plan, names: list[str], advance: Callable[[int], object]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from training import checkpoint, ds_config, states
+from training import checkpoint, checkpoint_files, ds_config, states
 from training.data.batches import Collator, StepBatches
 from training.data.corpus import Corpus
 from training.data.order import GlobalOrder
@@ -75,7 +75,7 @@ class Training:
         self.engine = Engine(self.config, recipe.seed)
         dtype = next(self.engine.model.parameters()).dtype
         self.peak = matmul_flops(self.engine.device, dtype)
-        retention = checkpoint.Retention(recipe.keep, recipe.keep_every)
+        retention = checkpoint_files.Retention(recipe.keep, recipe.keep_every)
         self.saver = checkpoint.Saver(self.folder / CHECKPOINTS, retention, recipe.save_buffer)
         self.saved_step: int | None = None  # that of the newest checkpoint, once it is whole
         self.step, manifest = self._restore(found) if found else (0, {})
@@ -104,10 +104,13 @@ class Training:
                 self._leave()
                 return LEFT
             except (AssertionError, OSError):
-                if damage := states.swap_damage(self.engine):
-                    raise UserError(f"{damage}: NVMe offload needs it; go on from the last save by --resume") from None
+                self._check_swap()
                 raise
         return 0
+
+    def _check_swap(self) -> None:
+        if damage := states.swap_damage(self.engine):
+            raise UserError(f"{damage}: NVMe offload needs it; go on from the last save by --resume") from None
 
     def _before_batch(self) -> None:
         self.heartbeat.beat(self.step)
@@ -154,6 +157,7 @@ class Training:
         """Take one step; False if its loss was such that the run went back to a checkpoint instead."""
         recipe, place = self.recipe, self.guard.place(self.step)
         lr = learning_rate(recipe, self.step)
+        self._check_swap()
         result = self.engine.step(self.batches.take(place), lr)
         self.step += 1
         if result.skipped:
@@ -205,7 +209,7 @@ class Training:
         """Stop a run that does not mend itself. Collective."""
         with self.heartbeat.during("saving"):
             self._tell_saved(self.saver.wait())
-        saved = checkpoint.steps(self.folder / CHECKPOINTS)
+        saved = checkpoint_files.steps(self.folder / CHECKPOINTS)
         way = "nothing was saved before; start again with a lower optimizer.lr"
         if saved:
             last = self.folder / CHECKPOINTS / f"step-{saved[-1]}"
@@ -282,7 +286,7 @@ class Training:
         path, manifest = found.path, found.manifest
         with self.heartbeat.during("loading"):
             checkpoint.load(self.engine, path, manifest, self._blank_step)
-        _on_first_rank(lambda: checkpoint.set_aside_after(path.parent, manifest["step"]))
+        _on_first_rank(lambda: checkpoint_files.set_aside_after(path.parent, manifest["step"]))
         self.saved_step = manifest["step"]
         return manifest["step"], manifest
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from training.snapshot import CHUNK, Snapshot
+from training.snapshot import Snapshot
 from training.states import ELEMENT, Part
 from training.tensor_files import OFFSETS, head
 
@@ -115,18 +115,6 @@ class _Sink:
 
     def facts(self) -> dict[str, Any]:
         return {"bytes": self._size, "xxh3": self._hash.hexdigest()}
-
-
-def checksum(path: Path, from_disk: bool = False) -> dict[str, Any]:
-    """Size and XXH3 (128 bits) of a file; `from_disk`: as the disk holds it, not as memory remembers it."""
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb", buffering=0) as file:
-        if from_disk:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while data := file.read(CHUNK):
-            digest.update(data)
-            size += len(data)
-    return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
 def _bytes(item: WriteItem) -> int:

@@ -149,7 +149,7 @@ def _part(partition: _Partition, kind: str, source: Tensor | FileRange) -> Part:
 def swap_damage(engine: Engine) -> str:
     """What is wrong with this rank's swap files of NVMe offload; "" if they are as they should be, or there are none.
 
-    DeepSpeed only asserts that a read went well.
+    DeepSpeed asserts that a read went well, in Python or, ending the process without a word of ours, in C++.
     """
     for path, size in _swap_files(engine):
         found = path.stat().st_size if path.exists() else None

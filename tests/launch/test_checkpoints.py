@@ -13,7 +13,7 @@ from launch.checkpoints import export_run, verify_run
 from tests.launch.test_cli import m6
 from tests.training.made_checkpoint import first_model, make_checkpoints, make_recipe, same_values
 from tests.training.test_checkpoint_files import largest_file
-from training import checkpoint
+from training import checkpoint, checkpoint_files
 from training.data.corpus import Corpus
 from training.errors import UserError
 from training.export import load_exported
@@ -53,7 +53,7 @@ def test_verify_and_export_from_the_command_line(run: Path) -> None:
     done = m6("export", "made", "--step", "8", "--to", "weights", "--dtype", "fp32", cwd=folder, **wide)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("exported: weights (step 8, ") and done.stdout.endswith(" in 1 file(s))\n")
-    recipe = checkpoints.parse_recipe(checkpoint.read_manifest(run / "checkpoints/step-8")["recipe"], [], "")
+    recipe = checkpoints.parse_recipe(checkpoint_files.read_manifest(run / "checkpoints/step-8")["recipe"], [], "")
     assert same_values(load_exported(folder / "weights"), first_model(recipe, 8))
 
     flip(run / "checkpoints" / "step-8" / FILE)
@@ -118,7 +118,7 @@ def test_latest_is_held_against_what_is_there(run: Path, capsys, text: str | Non
 
 
 def test_latest_is_right_after_a_future_was_given_up(run: Path) -> None:
-    checkpoint.set_aside_after(run / "checkpoints", 8)
+    checkpoint_files.set_aside_after(run / "checkpoints", 8)
     assert verify_run(str(run), None) == 0
 
 
@@ -135,7 +135,7 @@ def test_every_file_that_is_wrong_is_named(run: Path, capsys) -> None:
 
 
 def test_what_is_pruned_meanwhile_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    listed = checkpoint.steps
+    listed = checkpoint_files.steps
 
     def list_and_prune(home: Path) -> list[int]:
         found = listed(home)
@@ -148,16 +148,16 @@ def test_what_is_pruned_meanwhile_is_no_damage(run: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_verified_is_not_pruned(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = checkpoint.problems
+    check = checkpoint_files.problems
 
     def check_while_pruning(path: Path, advance) -> list[str]:
-        checkpoint.prune(run / "checkpoints", checkpoint.Retention(1))
+        checkpoint_files.prune(run / "checkpoints", checkpoint_files.Retention(1))
         assert path.is_dir()
         return check(path, advance)
 
     monkeypatch.setattr(checkpoint, "problems", check_while_pruning)
     assert verify_run(str(run), 4) == 0
-    assert checkpoint.steps(run / "checkpoints") == [4, 12]
+    assert checkpoint_files.steps(run / "checkpoints") == [4, 12]
 
 
 def test_export_takes_the_newest_and_refuses_a_damaged_one(run: Path) -> None:

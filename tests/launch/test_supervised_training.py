@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import command
-from training import checkpoint
+from training import checkpoint_files
 from training.data.corpus import Corpus
 
 pytestmark = pytest.mark.timeout(600)
@@ -28,6 +28,6 @@ def test_a_supervised_training_saves_and_leaves_on_request(sample_corpus: Corpus
         errors = started.communicate(timeout=60)[1]
     finally:
         started.terminate()
-    [step] = checkpoint.steps(run / "checkpoints")
-    assert started.returncode == 75 and checkpoint.problems(run / "checkpoints" / f"step-{step}") == []
+    [step] = checkpoint_files.steps(run / "checkpoints")
+    assert started.returncode == 75 and checkpoint_files.problems(run / "checkpoints" / f"step-{step}") == []
     assert errors == f"m6: stopped on request at step {step}, saved; go on with --resume\n"

@@ -57,12 +57,12 @@ def skip(rank: Rank, step: int) -> str:
 
 def skip_and_train(data: Path, swap: Path, ds: dict[str, Any], changes: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Steps 1 to 3 and 6 to 8, once with bad steps in between, once from a checkpoint of the start without."""
-    from training import checkpoint, states
+    from training import checkpoint, checkpoint_files, states
 
     rank = Rank(data, swap, ds, changes)
     with bad_loss(rank, torch.nan):
         told = [skip(rank, 0)]
-    saver = checkpoint.Saver(folder, checkpoint.Retention(1), 2**30)
+    saver = checkpoint.Saver(folder, checkpoint_files.Retention(1), 2**30)
     saver.save(states.parts(rank.engine), 1, {"adam_step": states.adam_step(rank.engine)})
     trained = rank.train(1, 4)
     before = state_digests(rank)

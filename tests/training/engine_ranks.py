@@ -100,12 +100,12 @@ def save_at(
     data: Path, swap: Path, ds: dict[str, Any], folder: Path, step: int, last: int, buffer: int = 2**30
 ) -> dict[str, Any]:
     """Train to `step`, save there, train on to `last`: the losses after the save, and the weights' digests at it."""
-    from training import checkpoint, states
+    from training import checkpoint, checkpoint_files, states
 
     rank = Rank(data, swap, ds)
     rank.train(0, step)
     digests = state_digests(rank)
-    saver = checkpoint.Saver(folder, checkpoint.Retention(1), buffer)
+    saver = checkpoint.Saver(folder, checkpoint_files.Retention(1), buffer)
     saver.save(states.parts(rank.engine), step, {"adam_step": states.adam_step(rank.engine)})
     losses = rank.train(step, last)  # while it is being written
     outcome = saver.wait()
@@ -132,19 +132,30 @@ def load_and_train(
     return {"digests": digests, "losses": rank.train(step, last)}
 
 
-def resave(data: Path, swap: Path, ds: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
-    """Load the newest checkpoint of `source` and save it into `target`."""
-    from training import checkpoint, states
+def go_on(
+    data: Path, swap: Path, ds: dict[str, Any], folder: Path, last: int, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Train to step `last` from the newest checkpoint of `folder`, if there is one, and save there.
 
-    rank = Rank(data, swap, ds)
-    found = checkpoint.newest(source)
-    assert found is not None
-    checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
-    saver = checkpoint.Saver(target, checkpoint.Retention(1), 2**30)
-    saver.save(states.parts(rank.engine), found.manifest["step"], {"adam_step": states.adam_step(rank.engine)})
+    The digests of the state at both ends, and the positions of the rows that this rank trained on.
+    """
+    from training import checkpoint, checkpoint_files, states
+
+    rank = Rank(data, swap, ds, changes)
+    first, arrived = 0, None
+    if found := checkpoint.newest(folder):
+        checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
+        first, arrived = found.manifest["step"], state_digests(rank)
+    positions: list[int] = []
+    order = rank.batches.order
+    row = order.row
+    order.row = lambda position: (positions.append(position), row(position))[1]  # type: ignore[method-assign]
+    rank.train(first, last)
+    saver = checkpoint.Saver(folder, checkpoint_files.Retention(1), 2**30)
+    saver.save(states.parts(rank.engine), last, {"adam_step": states.adam_step(rank.engine)})
     outcome = saver.wait()
     assert outcome is not None and not outcome.error, outcome
-    return {"digests": state_digests(rank)}
+    return {"arrived": arrived, "left": state_digests(rank), "positions": positions}
 
 
 def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from model.m6 import M6
 from tests.model.samples import randomise_biases
-from training.checkpoint import Retention, Saver
+from training.checkpoint import Saver
+from training.checkpoint_files import Retention
 from training.data.corpus import Corpus
 from training.recipe import Recipe
 from training.states import Part

@@ -7,7 +7,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
-from training import checkpoint
+from training.checkpoint_files import LATEST, MANIFEST, SEAL
 from training.data.corpus import Corpus
 from training.errors import UserError
 from training.machine import has_libaio
@@ -24,11 +24,11 @@ def saved(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tu
     return folder, run_ranks(2, ranks.save_at, sample_corpus.folder.parent, swap, ds, folder, STEP, LAST)
 
 
-def values(results: list[dict[str, Any]]) -> dict[str, bytes]:
+def values(results: list[dict[str, Any]], moment: str = "digests") -> dict[str, bytes]:
     """Every state whole, from all ranks' parts."""
     parts: dict[str, dict[int, bytes]] = {}
     for result in results:
-        for key, found in result["digests"].items():
+        for key, found in result[moment].items():
             parts.setdefault(key, {}).update(found)
     return {key: b"".join(part for _, part in sorted(found.items())) for key, found in parts.items()}
 
@@ -78,8 +78,13 @@ def test_another_models_is_refused(
 
 def test_files_are_safetensors_and_a_sealed_manifest(saved: Any) -> None:
     names = {path.name for path in (saved[0] / f"step-{STEP}").iterdir()}
-    assert names == {"rank-00000.safetensors", "rank-00001.safetensors", checkpoint.MANIFEST, checkpoint.SEAL}
-    assert {path.name for path in saved[0].iterdir()} == {checkpoint.LATEST, f"step-{STEP}"}
+    assert names == {
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+        MANIFEST,
+        SEAL,
+    }
+    assert {path.name for path in saved[0].iterdir()} == {LATEST, f"step-{STEP}"}
 
 
 @NVME
@@ -93,12 +98,19 @@ def test_what_is_written_is_the_state_at_the_call(sample_corpus: Corpus, tmp_pat
     assert [result["losses"] for result in loaded] == [result["losses"] for result in saved]
 
 
-def test_one_rank_to_four_and_back(sample_corpus: Corpus, saved: Any, tmp_path: Path) -> None:
-    """4 <- 2, and what 4 ranks write is read by 1, with ep 4, 4 and 1."""
-    data, swap, ds = sample_corpus.folder.parent, tmp_path / "swap", ranks.settings(ranks.CPU, 4)
-    four = run_ranks(4, ranks.resave, data, swap, ds, saved[0], tmp_path / "four")
-    assert values(four) == values(saved[1])
-    one = run_ranks(1, ranks.resave, data, swap, ranks.settings(ranks.CPU, 1), tmp_path / "four", tmp_path / "one")
-    assert values(one) == values(saved[1])
-    assert len(list((tmp_path / "four").glob(f"step-{STEP}/*.safetensors"))) == 4
-    assert len(list((tmp_path / "one").glob(f"step-{STEP}/*.safetensors"))) == 1
+def test_four_ranks_to_two_to_one_to_four(sample_corpus: Corpus, tmp_path: Path) -> None:
+    """Each leg elsewhere, with other experts a rank: it begins with the very state that the one before left."""
+    data, batch = sample_corpus.folder.parent, ranks.RECIPE["global_batch"]
+    small = {"model": ranks.MODEL | {"ffn": 128}}
+    disk = ranks.NVME if has_libaio() else ranks.CPU
+    left, seen = None, []
+    legs = [(4, ranks.NONE, 4), (2, disk, 2), (1, ranks.CPU, 1), (4, disk, 2)]
+    for last, (world, tier, parallel) in enumerate(legs, 1):
+        places = data, tmp_path / "swap", ranks.settings(tier, parallel), tmp_path / "checkpoints"
+        leg = run_ranks(world, ranks.go_on, *places, last, small)
+        if left:
+            assert values(leg, "arrived") == left
+        left = values(leg, "left")
+        seen += [position for result in leg for position in result["positions"]]
+        assert len(list((tmp_path / "checkpoints").glob(f"step-{last}/*.safetensors"))) == world
+    assert sorted(seen) == list(range(4 * batch))  # every sample once

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ranks import run_ranks
-from training import checkpoint
-from training.checkpoint import Outcome, Retention, Saver
+from training import checkpoint, checkpoint_files
+from training.checkpoint import Outcome, Saver
+from training.checkpoint_files import Retention
 from training.errors import UserError
 from training.states import Part
 
@@ -98,9 +99,9 @@ def test_any_flipped_bit_is_found_in_the_named_file(three: Path, name: str) -> N
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         (path / name).write_bytes(flipped)
-        assert name.removesuffix(".xxh3") in "; ".join(checkpoint.problems(path)), bit
+        assert name.removesuffix(".xxh3") in "; ".join(checkpoint_files.problems(path)), bit
     (path / name).write_bytes(whole)
-    assert checkpoint.problems(path) == []
+    assert checkpoint_files.problems(path) == []
 
 
 @given(keep=st.floats(0, 1, exclude_max=True), name=st.sampled_from(["rank-00000.safetensors", "manifest.json"]))
@@ -108,7 +109,7 @@ def test_any_truncation_is_found(tmp_path_factory: pytest.TempPathFactory, keep:
     path = truncated_copy(tmp_path_factory)
     whole = (path / name).read_bytes()
     os.truncate(path / name, int(keep * len(whole)))
-    found = checkpoint.problems(path)
+    found = checkpoint_files.problems(path)
     (path / name).write_bytes(whole)
     assert len(found) == 1 and name in found[0]
 
@@ -129,17 +130,17 @@ def truncated_copy(factory: pytest.TempPathFactory) -> Path:
 
 def test_retention_keeps_the_newest_and_every_nth(alone: Path) -> None:
     save(Saver(alone, Retention(2, every=3), 2**24), *range(1, 9))
-    assert checkpoint.steps(alone) == [3, 6, 7, 8]
+    assert checkpoint_files.steps(alone) == [3, 6, 7, 8]
     assert (alone / "latest").read_text().startswith("step-8 ")
 
 
 def test_what_is_being_read_is_not_pruned(three: Path) -> None:
     saver = Saver(three, Retention(1), 2**24)
-    with checkpoint.reading(three / "step-1"):
+    with checkpoint_files.reading(three / "step-1"):
         save(saver, 4)
-        assert checkpoint.steps(three) == [1, 4]
+        assert checkpoint_files.steps(three) == [1, 4]
     save(saver, 5)
-    assert checkpoint.steps(three) == [5]
+    assert checkpoint_files.steps(three) == [5]
 
 
 def test_remains_of_a_save_that_was_cut_off_are_no_checkpoint_and_go(three: Path) -> None:
@@ -152,7 +153,7 @@ def test_remains_of_a_save_that_was_cut_off_are_no_checkpoint_and_go(three: Path
 
 
 def test_a_future_that_was_given_up_is_out_of_sight(three: Path) -> None:
-    checkpoint.set_aside_after(three, 1)
+    checkpoint_files.set_aside_after(three, 1)
     found = checkpoint.newest(three)
     assert found is not None and found.path.name == "step-1"
     save(Saver(three, Retention(9), 2**24), 2)
@@ -180,7 +181,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_no_remains(three: Path, s
     assert "step-4: not saved ([Errno 27] File too large" in outcome.error
     assert before == {path: path.read_bytes() for path in three.rglob("*") if path.is_file()}
     (outcome,) = save(saver, 5)  # there is room again
-    assert not outcome.error and checkpoint.steps(three) == [5]
+    assert not outcome.error and checkpoint_files.steps(three) == [5]
 
 
 def test_a_disk_that_is_full_on_one_rank_is_told_on_all(tmp_path: Path) -> None:
@@ -204,13 +205,13 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: Path, alone: Path)
 
 
 def test_a_newer_format_is_refused(three: Path) -> None:
-
+    newer = checkpoint_files.FORMAT + 1
     manifest = three / "step-3" / "manifest.json"
-    text = json.dumps(json.loads(manifest.read_text()) | {"format": checkpoint.FORMAT + 1})
+    text = json.dumps(json.loads(manifest.read_text()) | {"format": newer})
     manifest.write_text(text)
-    (three / "step-3" / checkpoint.SEAL).write_text(xxhash.xxh3_128_hexdigest(text.encode()))
-    for read in (lambda: checkpoint.read_manifest(three / "step-3"), lambda: checkpoint.newest(three)):
-        with pytest.raises(UserError, match=rf"step-3: checkpoint format {checkpoint.FORMAT + 1}, this program reads"):
+    (three / "step-3" / checkpoint_files.SEAL).write_text(xxhash.xxh3_128_hexdigest(text.encode()))
+    for read in (lambda: checkpoint_files.read_manifest(three / "step-3"), lambda: checkpoint.newest(three)):
+        with pytest.raises(UserError, match=rf"step-3: checkpoint format {newer}, this program reads"):
             read()
 
 

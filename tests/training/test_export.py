@@ -33,7 +33,7 @@ SMALL = ranks.MODEL | {"ffn": 256}  # the sizes below are its
 
 def train_and_save(data: Path, folder: Path) -> dict[str, Any]:
     """Train to STEP, save there: the state, and what the model says next."""
-    from training import checkpoint, states
+    from training import checkpoint, checkpoint_files, states
 
     ds = ranks.settings(ranks.NONE, 2)
     rank = ranks.Rank(data, folder / "swap", ds, {"data": str(data), "model": SMALL})
@@ -45,7 +45,7 @@ def train_and_save(data: Path, folder: Path) -> dict[str, Any]:
         "tokenizer": corpus.tokenizer.sha256,
         "data": corpus.fingerprint,
     }
-    saver = checkpoint.Saver(folder / "checkpoints", checkpoint.Retention(1), 2**30)
+    saver = checkpoint.Saver(folder / "checkpoints", checkpoint_files.Retention(1), 2**30)
     saver.save(states.parts(rank.engine), STEP, facts)
     outcome = saver.wait()
     assert outcome is not None and not outcome.error, outcome
@@ -146,7 +146,7 @@ def load_without_pickle(data: Path, run: Path, blown: Path) -> dict[str, Any]:
     The ranks' collectives keep the unpickler that torch took when it was imported: they read what ranks send, and no
     files. Of them too the audit hook forbids whatever is more than numbers, text and lists of these.
     """
-    from training import checkpoint
+    from training import checkpoint, checkpoint_files
 
     rank = ranks.Rank(data, run / "swap", ranks.settings(ranks.NONE, 1), {"model": SMALL})
     unpickler = _pickle.Unpickler
@@ -162,7 +162,7 @@ def load_without_pickle(data: Path, run: Path, blown: Path) -> dict[str, Any]:
         unpickler(io.BytesIO(pickle.dumps(Bomb(blown)))).load()
 
     found = checkpoint.newest(run / "checkpoints")
-    assert found is not None and checkpoint.problems(found.path) == []
+    assert found is not None and checkpoint_files.problems(found.path) == []
     checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
     export_run(str(run), target=run / "without", dtype="fp32")
     batch = unlabelled(rank)

@@ -12,10 +12,10 @@ import xxhash
 
 from launch.checkpoints import export_run
 from tests.training.made_checkpoint import make_checkpoints, make_recipe
-from training import checkpoint
+from training import checkpoint, checkpoint_files
+from training.checkpoint_files import checksum
 from training.data.corpus import Corpus
 from training.errors import UserError
-from training.slices import checksum
 from training.tensor_files import LENGTH, OFFSETS
 
 FILE = "rank-00000.safetensors"
@@ -30,13 +30,13 @@ def made(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def seal(path: Path, manifest: Any) -> None:
     text = manifest if isinstance(manifest, str) else json.dumps(manifest)
-    (path / checkpoint.MANIFEST).write_text(text)
-    (path / checkpoint.SEAL).write_text(xxhash.xxh3_128_hexdigest(text.encode()))
+    (path / checkpoint_files.MANIFEST).write_text(text)
+    (path / checkpoint_files.SEAL).write_text(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
 def listed(path: Path, **changes: Any) -> dict[str, Any]:
     """The manifest, with the files as they are now."""
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((path / checkpoint_files.MANIFEST).read_text())
     return manifest | {"files": {FILE: checksum(path / FILE)}} | changes
 
 
@@ -96,7 +96,7 @@ def pipe(path: Path) -> str:
     """Who opens one waits for ever."""
     (path / FILE).unlink()
     os.mkfifo(path / FILE)
-    seal(path, json.loads((path / checkpoint.MANIFEST).read_text()) | {"files": {FILE: {"bytes": 0, "xxh3": ""}}})
+    seal(path, json.loads((path / checkpoint_files.MANIFEST).read_text()) | {"files": {FILE: {"bytes": 0, "xxh3": ""}}})
     return f"{FILE}: .*a link or a special file"
 
 
@@ -150,9 +150,9 @@ FOUND_IN_HEADS = [absurd_head, overlapping_tensors, huge_shape, other_dtype, mat
 
 def resume(path: Path) -> None:
     """As training does, up to where it would touch the engine."""
-    manifest = checkpoint.read_manifest(path)
+    manifest = checkpoint_files.read_manifest(path)
     for name, facts in manifest["files"].items():
-        if problem := checkpoint.damage(path, name, facts):
+        if problem := checkpoint_files.damage(path, name, facts):
             raise UserError(problem)
     checkpoint.load(None, path, manifest, lambda: None)
 
@@ -174,7 +174,7 @@ def test_a_forged_checkpoint_is_refused(
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
     assert not (path.parent / "export").exists()
     if forge in FOUND_BY_SUMS:
-        assert len(checkpoint.problems(path)) == 1
+        assert len(checkpoint_files.problems(path)) == 1
 
 
 def test_one_of_another_model_or_corpus_is_refused(made: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import xxhash
 import yaml
 
 from tests.ranks import run_ranks
-from training import checkpoint
+from training import checkpoint_files
 from training.data.corpus import Corpus
 from training.errors import UserError
 from training.run import lock_run
@@ -158,21 +158,21 @@ def resume_others(folder: Path, data: Path, manifests: list[dict[str, Any]]) -> 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest)
-    (path / checkpoint.MANIFEST).write_text(text)
-    (path / checkpoint.SEAL).write_text(xxhash.xxh3_128_hexdigest(text.encode()))
+    (path / checkpoint_files.MANIFEST).write_text(text)
+    (path / checkpoint_files.SEAL).write_text(xxhash.xxh3_128_hexdigest(text.encode()))
 
 
 def test_a_checkpoint_of_another_run_is_refused_in_one_line(
     sample_corpus: Corpus, finished: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    manifest = checkpoint.read_manifest(tmp_path / "runs/run/checkpoints/step-6")
+    manifest = checkpoint_files.read_manifest(tmp_path / "runs/run/checkpoints/step-6")
     optimizer = manifest["recipe"]["optimizer"] | {"lr": 0.5}
     others = [{"data": "x"}, {"tokenizer": "x"}, {"recipe": manifest["recipe"] | {"optimizer": optimizer, "seed": 7}},
-              {"format": checkpoint.FORMAT + 1}]  # fmt: skip
+              {"format": checkpoint_files.FORMAT + 1}]  # fmt: skip
     data = sample_corpus.folder.parent
     [said] = run_ranks(1, resume_others, tmp_path, data, [manifest | other for other in others])
-    place, own = "runs/run/checkpoints/step-6", checkpoint.FORMAT
+    place, own = "runs/run/checkpoints/step-6", checkpoint_files.FORMAT
     assert said == [
         f"{place}: it was trained on another data set; give the --data that it was started with",
         f"{place}: it was trained on another tokenizer; give the --data that it was started with",
