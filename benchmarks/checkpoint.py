@@ -3,8 +3,9 @@
     python -m benchmarks.checkpoint [--preset m6-tiny] [--rounds 5]
 
 Two ranks, interleaved in one run. For state in memory: the stall of a save, over the time to copy the same state in
-memory. For state on NVMe: the bytes a second of a whole save, over those of a plain copy of the swap files, flushed
-at its end as a save is. Both on all ranks at once; medians.
+memory. For state on NVMe: the bytes a second of a save until all is on the disk, over those of a plain copy of the swap
+files that is flushed too, both with nothing cached. A save is then read back from the disk, which is told apart. On all
+ranks at once; medians.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     prepare_extensions()
-    print("| state on | MB a rank | memory copy | stall | stall / copy | file copy MB/s | save MB/s | save / copy |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| state on | MB a rank | memory copy | stall | stall / copy | file copy | save | copy / save | read back |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         data = Path(folder) / "data"
         data.mkdir()
@@ -55,11 +56,11 @@ def row(name: str, rounds: list[list[dict[str, float]]]) -> str:
 
     size = rounds[0][0]["bytes"] / 1e6
     memory, stall, copy, save = median("memory"), median("stall"), median("copy"), median("save")
+    disk = [f"{copy:.3f} s", f"{save:.3f} s", f"{copy / save:.2f}", f"{median('verify'):.3f} s"]
     in_memory = (
         [f"{memory:.3f} s", f"{stall:.3f} s", f"{stall / memory:.2f}"] if memory else ["–", f"{stall:.3f} s", "–"]
     )
-    cells = [name, f"{size:.0f}", *in_memory, f"{size / copy:.0f}", f"{size / save:.0f}", f"{copy / save:.2f}"]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join([name, f'{size:.0f}', *in_memory, *disk])} |"
 
 
 def measure(data: Path, swap: Path, folder: Path, changes: dict[str, Any], rounds: int) -> Any:
@@ -74,22 +75,28 @@ def measure(data: Path, swap: Path, folder: Path, changes: dict[str, Any], round
         parts = states.parts(rank.engine)
         timed = {"bytes": float(sum(part.bytes for part in parts)), "memory": copy_in_memory(parts)}
         timed["copy"] = copy_files(parts, folder)
+        forget(parts)
         saver.save(parts, number, {"adam_step": 1})
         outcome = saver.wait()
         assert outcome is not None and not outcome.error, outcome
-        found.append(timed | {"stall": outcome.stall_seconds, "save": outcome.write_seconds})
+        times = {"stall": outcome.stall_seconds, "save": outcome.write_seconds, "verify": outcome.verify_seconds}
+        found.append(timed | times)
     return found[1:]  # the first touches new memory
 
 
 def copy_in_memory(parts: list[Any]) -> float:
-    """Seconds to copy all parts that lie in memory into memory of their own; 0 where none does."""
+    """Seconds to copy all parts into memory of their own; 0 where they do not lie in memory."""
     import torch.distributed as dist
     from torch import Tensor
 
     dist.barrier()
     started = time.perf_counter()
-    copies = [part.source.clone() for part in parts if isinstance(part.source, Tensor)]
-    return (time.perf_counter() - started) if copies else 0.0
+    if not all(isinstance(part.source, Tensor) for part in parts):
+        return 0.0
+    copies = [part.source.clone() for part in parts]
+    seconds = time.perf_counter() - started
+    del copies
+    return seconds
 
 
 def copy_files(parts: list[Any], folder: Path) -> float:
@@ -104,6 +111,7 @@ def copy_files(parts: list[Any], folder: Path) -> float:
             made.write_bytes(os.urandom(sum(part.bytes for part in parts)))
         files = {made}
     target = folder.parent / f"copy-{dist.get_rank()}"
+    forget(parts)
     dist.barrier()
     started = time.perf_counter()
     for file in sorted(files):
@@ -114,6 +122,17 @@ def copy_files(parts: list[Any], folder: Path) -> float:
     target.unlink()
     dist.barrier()
     return seconds
+
+
+def forget(parts: list[Any]) -> None:
+    """Let memory hold nothing of the swap files, as when training has just written them past it. Collective."""
+    import torch.distributed as dist
+    from torch import Tensor
+
+    for path in {part.source.path for part in parts if not isinstance(part.source, Tensor)}:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ class Outcome:
     step: int
     error: str
     stall_seconds: float  # for which the training stood still
-    write_seconds: float  # until it was on the disk, the stall included
+    write_seconds: float  # until all was on the disk, the stall included
+    verify_seconds: float  # then, until it had been read back, and had its name
     bytes: int  # of all ranks' files
 
 
@@ -117,19 +118,21 @@ class Saver:
     def _save(
         self, slices: dict[str, Slice], snapshot: Snapshot, manifest: dict[str, Any], started: float, stall: list[float]
     ) -> None:
-        size, error = 0, ""
+        size, error, written = 0, "", started
         try:
-            size = self._write(slices, snapshot, manifest)
+            size, written = self._write(slices, snapshot, manifest)
         except UserError as problem:
             error = str(problem)
         except BaseException as failure:
             self._failure = failure
         finally:
             snapshot.close()
-        seconds = time.perf_counter() - started
-        self._outcome = Outcome(manifest["step"], error, stall[0] if stall else seconds, seconds, size)
+        ended = time.perf_counter()
+        times = stall[0] if stall else ended - started, written - started, ended - written
+        self._outcome = Outcome(manifest["step"], error, *times, size)
 
-    def _write(self, slices: dict[str, Slice], snapshot: Snapshot, manifest: dict[str, Any]) -> int:
+    def _write(self, slices: dict[str, Slice], snapshot: Snapshot, manifest: dict[str, Any]) -> tuple[int, float]:
+        """Size of all files in bytes, and when (on the performance counter) they were on the disk."""
         final = self.folder / f"step-{manifest['step']}"
         partial = self.folder / f".{final.name}.partial"
         try:
@@ -137,6 +140,7 @@ class Saver:
             writer = SliceWriter(partial, snapshot)
             with _as_user_error():
                 dcp.save(slices, storage_writer=writer, process_group=self._group)
+            written = time.perf_counter()
             files = self._read_back(partial, writer.written)
             self._on_first(lambda: commit(partial, final, manifest | {"files": files}))
             self._on_first(lambda: prune(self.folder, self.retention))
@@ -144,7 +148,7 @@ class Saver:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{final}: not saved ({error}); the checkpoints before it are whole") from None
-        return sum(facts["bytes"] for facts in files.values())
+        return sum(facts["bytes"] for facts in files.values()), written
 
     def _read_back(self, folder: Path, written: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """All ranks' files and checksums, after each rank has found its own on the disk as it wrote them."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.states import Part
+from training.states import FileRange, Part
 
 CHUNK = 16 * 2**20  # bytes that are copied, hashed and written at once
 
@@ -19,20 +19,23 @@ CHUNK = 16 * 2**20  # bytes that are copied, hashed and written at once
 class Snapshot:
     """Chunks in order: one thread copies them in and waits while `limit` bytes are held; another takes them out.
 
-    Training stands still only while the copying thread is at work: once all is in, the state may change. So taking
-    begins when all is in or there is no more room: until then it would only slow the copying down.
+    Training stands still only while the copying thread is at work: once all is in, the state may change. So of state
+    in memory, taking begins when all is in or there is no more room: until then it would only slow the copying down.
+    Of state in files it begins at once, since reading leaves the processor idle.
     """
 
     def __init__(self, limit: int):
         self._limit = max(limit, CHUNK)
         self._chunks: deque[Tensor] = deque()
         self._held = 0
-        self._closed = self._ended = self._full = False
+        self._closed = self._ended = self._begun = False
         self._change = threading.Condition()
 
     def fill(self, parts: list[Part]) -> None:
         """Copy all parts in, waiting for room; returns early if the other side has given up."""
         for part in parts:
+            if isinstance(part.source, FileRange):
+                self._begin()
             for size, copy in _chunks(part):
                 if not self._put(size, copy):
                     return
@@ -41,7 +44,7 @@ class Snapshot:
         """The next chunks, `size` bytes in all; each is released when the next one is asked for."""
         while size:
             with self._change:
-                self._change.wait_for(lambda: self._ended or (self._full and self._chunks))
+                self._change.wait_for(lambda: self._ended or (self._begun and self._chunks))
                 if not self._chunks:
                     raise RuntimeError("the state could not be read to its end")
                 chunk = self._chunks.popleft()
@@ -64,11 +67,15 @@ class Snapshot:
             self._chunks.clear()
             self._change.notify_all()
 
+    def _begin(self) -> None:
+        with self._change:
+            self._begun = True
+            self._change.notify_all()
+
     def _put(self, size: int, copy: Callable[[], Tensor]) -> bool:
         with self._change:
             if self._held + size > self._limit:
-                self._full = True
-                self._change.notify_all()
+                self._begin()
                 self._change.wait_for(lambda: self._closed or self._held + size <= self._limit)
             if self._closed:
                 return False

@@ -159,11 +159,14 @@ class Tracker:
 
     def saved(self, outcome: Outcome) -> None:
         """Record what became of a save: its stall and its time are metrics, a failure is an event."""
-        times = {"save/stall_seconds": outcome.stall_seconds, "save/write_seconds": outcome.write_seconds}
-        size, speed = outcome.bytes / 1e6, outcome.bytes / 1e6 / outcome.write_seconds
+        times = {
+            "save/stall_seconds": outcome.stall_seconds,
+            "save/write_seconds": outcome.write_seconds,
+            "save/verify_seconds": outcome.verify_seconds,
+        }
         text = outcome.error or (
-            f"checkpoint of {size:,.0f} MB in {outcome.write_seconds:.1f} s ({speed:,.0f} MB/s), "
-            f"training stood still for {outcome.stall_seconds:.2f} s"
+            f"checkpoint of {outcome.bytes / 1e6:,.0f} MB, written in {outcome.write_seconds:.1f} s and verified in "
+            f"{outcome.verify_seconds:.1f} s; training stood still for {outcome.stall_seconds:.2f} s"
         )
         self._write({"step": outcome.step, "event": "not saved" if outcome.error else "saved", "text": text, **times})
         self._screen.say(f"step {outcome.step}: {'NOT SAVED: ' if outcome.error else 'saved, '}{text}")

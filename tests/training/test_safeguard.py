@@ -38,7 +38,7 @@ def test_a_skipped_step_leaves_no_trace_but_its_count(
     sample_corpus: Corpus, tmp_path: Path, tier: dict[str, Any], parallel: int, bf16: bool
 ) -> None:
     # Under NVMe offload DeepSpeed writes an expert's gradient of this size to the disk.
-    changes = {"model": ranks.MODEL | {"ffn": 2304}} if tier is ranks.NVME else {}
+    changes = {"model": ranks.MODEL | {"ffn": 2304 if tier is ranks.NVME else 256}}
     ds, data = ranks.settings(tier, parallel, bf16=bf16), sample_corpus.folder.parent
     results = run_ranks(2, bad_steps.skip_and_train, data, tmp_path / "swap", ds, changes, tmp_path / "checkpoints")
     for result in results:
