@@ -3,7 +3,7 @@
     python -m benchmarks.kills [--kills 100] [--seed 1]
 
 Two ranks train a small model under `m6 train --supervise`, and one of them is killed again and again: one time in
-four at any moment of its start, else within a dozen steps, and of these one in three as a checkpoint is being written.
+four at any moment of its start, else within a few steps, and of these one in three as a checkpoint is being written.
 An uninterrupted run of the same recipe is the measure: the files of its last checkpoint, its losses and evaluations by
 step.
 """
@@ -35,14 +35,14 @@ from training.run import CHECKPOINTS, INCIDENTS, RANKS
 from training.tracking import Record, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK_COUNT, SAVE_EVERY, STEPS_A_KILL = 2, 5, 20
-MOST_STEPS = 12  # before a kill
+RANK_COUNT, SAVE_EVERY, STEPS_A_KILL = 2, 4, 10
+MOST_STEPS = 8  # before a kill
 LOOK_SECONDS = 0.05
 SAVE_SECONDS = 2.0  # that a kill may wait for a checkpoint being written
 ENVIRONMENT = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 SMALL = [
     "model.layers=2", "model.hidden=64", "model.ffn=128", "model.experts=8", "model.text_vocab=540",
-    "global_batch=16", "ds.train_micro_batch_size_per_gpu=4", "text_positions=64", f"save_every={SAVE_EVERY}",
+    "global_batch=8", "ds.train_micro_batch_size_per_gpu=4", "text_positions=64", f"save_every={SAVE_EVERY}",
     "evaluation.every=20", "evaluation.rows=8", "evaluation.samples=2", "schedule.warmup=2", "tracking.log_every=1",
     "tracking.wandb=disabled",
 ]  # fmt: skip
@@ -141,24 +141,28 @@ def strike(
         pids = rank_pids(process)
         due = time.time() > moment if in_start else last.next_step is not None and last_step(run) > last.resumed + steps
         if due and len(pids) == RANK_COUNT and not last.killed & set(pids.values()):
-            saving = not in_start and in_save and saves_soon(run)
-            return strike_now(run, pids, victim, saving)
+            if not in_start and in_save:
+                await_save(run)
+            return strike_now(run, pids, victim)
         time.sleep(LOOK_SECONDS)
     return None
 
 
-def saves_soon(run: Path) -> bool:
-    """Wait until a checkpoint is being written; False if none was within SAVE_SECONDS."""
+def await_save(run: Path) -> None:
+    """Wait until a checkpoint is being written, though not for ever."""
     until = time.time() + SAVE_SECONDS
-    while not (saving := any((run / CHECKPOINTS).glob(".step-*.partial"))) and time.time() < until:
+    while not is_saving(run) and time.time() < until:
         time.sleep(0.002)
-    return saving
 
 
-def strike_now(run: Path, pids: dict[int, int], victim: int, saving: bool) -> Kill:
+def is_saving(run: Path) -> bool:
+    return any((run / CHECKPOINTS).glob(".step-*.partial"))
+
+
+def strike_now(run: Path, pids: dict[int, int], victim: int) -> Kill:
     beat = read_beat(run / RANKS, victim)
     phase = beat[0].phase if beat and beat[0].pid == pids[victim] else "starting"
-    kill = Kill(time.time(), phase, saving, last_step(run), set(pids.values()))
+    kill = Kill(time.time(), phase, is_saving(run), last_step(run), set(pids.values()))
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(pids[victim]).send_signal(signal.SIGKILL)
     return kill
@@ -220,7 +224,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
 def rows(result: Result) -> list[str]:
     """The findings, a line each."""
     kills, phases = result.kills, Counter(kill.phase for kill in result.kills)
-    lost = [kill.lost_steps for kill in kills if kill.lost_steps is not None]
+    lost, lost_saving = (steps_lost(kills, saving) for saving in (False, True))
     return [
         f"kills: {len(kills)} ({', '.join(f'{count} {phase}' for phase, count in phases.most_common())}; "
         f"{sum(kill.saving for kill in kills)} while a checkpoint was being written)",
@@ -229,8 +233,13 @@ def rows(result: Result) -> list[str]:
         f"kill to its line in incidents.jsonl: {spread(result.noticed)}",
         f"kill to new processes: {spread([k.new_processes for k in kills if k.new_processes is not None])}",
         f"kill to next step: {spread([k.next_step for k in kills if k.next_step is not None])}",
-        f"steps lost: at most {max(lost, default=0)}, a checkpoint every {SAVE_EVERY}",
+        f"steps lost: at most {lost}, and {lost_saving} where a checkpoint was being written; one every {SAVE_EVERY}",
     ]
+
+
+def steps_lost(kills: list[Kill], saving: bool) -> int:
+    """At the most, by kills while a checkpoint was being written, or by the others."""
+    return max((kill.lost_steps for kill in kills if kill.saving == saving and kill.lost_steps is not None), default=0)
 
 
 def spread(seconds: list[float]) -> str:
