@@ -1,9 +1,10 @@
 """What a supervised run makes of SIGKILLs: the same bits at its end, and how long each of them costs.
 
-    python -m benchmarks.kills [--kills 100] [--seed 1]
+    python -m benchmarks.kills [--kills 100] [--seed 1] [--signal KILL] [key=value …]
 
-Two ranks train a small model under `m6 train --supervise`, and one of them is killed again and again: one time in
-four at any moment of its start, else within a few steps, and of these one in three as a checkpoint is being written.
+Two ranks train a small model under `m6 train --supervise`, and one of them is killed again and again (`--signal
+STOP`: held up, which only its silence shows): one time in four at any moment of its start, else within a few steps, and
+of these one in three as a checkpoint is being written.
 An uninterrupted run of the same recipe is the measure: the files of its last checkpoint, its losses and evaluations by
 step.
 """
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -77,27 +79,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--signal", choices=["KILL", "STOP"], default="KILL")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as a larger model")
     arguments = parser.parse_args()
     prepare_extensions()
     with tempfile.TemporaryDirectory(dir=".") as place:
         folder = Path(place).resolve()
         (folder / "data").mkdir()
         build_sample(folder / "data")
-        result = measure(folder, folder / "data", arguments.kills, arguments.seed)
+        number = signal.Signals[f"SIG{arguments.signal}"]
+        result = measure(folder, folder / "data", arguments.kills, arguments.seed, number, arguments.overrides)
     print("\n".join(rows(result)))
     sys.exit(bool(result.code or result.differences))
 
 
-def measure(folder: Path, data: Path, kills: int, seed: int) -> Result:
-    """Train twice in `folder`, once without and once with kills, and compare."""
-    steps = f"steps={STEPS_A_KILL * kills}"
-    usual = train_whole(folder, data, steps)
+def measure(
+    folder: Path,
+    data: Path,
+    kills: int,
+    seed: int,
+    number: signal.Signals = signal.SIGKILL,
+    overrides: Sequence[str] = (),
+) -> Result:
+    """Train twice in `folder`, once without and once with kills by the signal `number`, and compare."""
+    changes = [*overrides, f"steps={STEPS_A_KILL * kills}"]
+    usual = train_whole(folder, data, changes)
     with (folder / "supervisor.log").open("w") as log:
-        supervised = command(data, "killed", "--supervise", "--restarts", "50", steps)
+        supervised = command(data, "killed", "--supervise", "--restarts", "50", *changes)
         process = subprocess.Popen(supervised, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=log)
     run, chance, result = folder / "runs" / "killed", random.Random(seed), Result()
     try:
-        while len(result.kills) < kills and (kill := strike(process, run, chance, result.kills, usual)):
+        while len(result.kills) < kills and (kill := strike(process, run, chance, number, result.kills, usual)):
             result.kills.append(kill)
         while process.poll() is None:
             observe(process, run, result.kills[-1])
@@ -110,10 +122,10 @@ def measure(folder: Path, data: Path, kills: int, seed: int) -> Result:
     return result
 
 
-def train_whole(folder: Path, data: Path, steps: str) -> float:
+def train_whole(folder: Path, data: Path, changes: list[str]) -> float:
     """Train without kills; the seconds from the start to the first step."""
     started = time.time()
-    whole = command(data, "whole", steps)
+    whole = command(data, "whole", *changes)
     process = subprocess.Popen(whole, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     while not last_step(folder / "runs" / "whole") and process.poll() is None:
         time.sleep(LOOK_SECONDS)
@@ -130,7 +142,12 @@ def command(data: Path, name: str, *arguments: str) -> list[str]:
 
 
 def strike(
-    process: subprocess.Popen, run: Path, chance: random.Random, before: list[Kill], usual: float
+    process: subprocess.Popen,
+    run: Path,
+    chance: random.Random,
+    number: signal.Signals,
+    before: list[Kill],
+    usual: float,
 ) -> Kill | None:
     """Kill one rank at a random moment; None if the run ends first. `usual`: seconds that a start takes."""
     victim, in_start, in_save = chance.randrange(RANK_COUNT), chance.random() < 1 / 4, chance.random() < 1 / 3
@@ -143,7 +160,7 @@ def strike(
         if due and len(pids) == RANK_COUNT and not last.killed & set(pids.values()):
             if not in_start and in_save:
                 await_save(run)
-            return strike_now(run, pids, victim)
+            return strike_now(run, pids, victim, number)
         time.sleep(LOOK_SECONDS)
     return None
 
@@ -159,12 +176,12 @@ def is_saving(run: Path) -> bool:
     return any((run / CHECKPOINTS).glob(".step-*.partial"))
 
 
-def strike_now(run: Path, pids: dict[int, int], victim: int) -> Kill:
+def strike_now(run: Path, pids: dict[int, int], victim: int, number: signal.Signals) -> Kill:
     beat = read_beat(run / RANKS, victim)
     phase = beat[0].phase if beat and beat[0].pid == pids[victim] else "starting"
     kill = Kill(time.time(), phase, is_saving(run), last_step(run), set(pids.values()))
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(pids[victim]).send_signal(signal.SIGKILL)
+        psutil.Process(pids[victim]).send_signal(number)
     return kill
 
 

@@ -240,16 +240,18 @@ def load(engine: Engine, path: Path, manifest: dict[str, Any], blank_step: Calla
     brings DeepSpeed's own machinery to create the optimizer state and to renew the 16-bit working copies, on
     whichever tier they live.
     """
-    reader = SliceReader(str(path))
+    reader, adam_step = SliceReader(str(path)), manifest.get("adam_step")
+    if type(adam_step) is not int or not 0 <= adam_step <= manifest["step"]:
+        raise UserError(f"{path}: adam_step {shown(adam_step)} is none of its {manifest['step']} steps")
     with reading(path):
         _check_model(engine, path, saved_slices(path, manifest["files"]))
         _read(engine, reader, (states.MASTER,), path)
         blank_step()
-        if manifest["adam_step"]:
+        if adam_step:
             _read(engine, reader, states.MOMENTS, path)
         else:
             states.clear_moments(engine)
-    states.set_adam_step(engine, manifest["adam_step"])
+    states.set_adam_step(engine, adam_step)
 
 
 def _check_model(engine: Engine, path: Path, saved: dict[str, list[SavedSlice]]) -> None:

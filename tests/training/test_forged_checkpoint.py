@@ -177,6 +177,16 @@ def test_a_forged_checkpoint_is_refused(
         assert len(checkpoint_files.problems(path)) == 1
 
 
+@pytest.mark.parametrize("steps", [10**12, -1, True, 1.0, None])
+def test_steps_of_adam_that_were_never_taken_are_refused(made: Path, tmp_path: Path, steps: object) -> None:
+    """Each would be taken again."""
+    path = tmp_path / "step-1"
+    shutil.copytree(made, path)
+    seal(path, listed(path, adam_step=steps))
+    with pytest.raises(UserError, match=rf"step-1: adam_step {steps} is none of its 1 steps"):
+        resume(path)
+
+
 def test_one_of_another_model_or_corpus_is_refused(made: Path, tmp_path: Path) -> None:
     path = tmp_path / "step-1"
     shutil.copytree(made, path)
