@@ -8,13 +8,14 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 STOPPED = tuple(128 + number for number in HEARD)  # the exit codes of a program that a signal stopped
+ONE_REQUEST_SECONDS = 2.0  # in which a Ctrl-C that comes again is still the same
 FIND_SECONDS = 0.2  # between two looks for ranks that have not started yet
 
 
@@ -22,8 +23,14 @@ FIND_SECONDS = 0.2  # between two looks for ranks that have not started yet
 def hearing(act: Callable[[list[int]], None]) -> Iterator[list[int]]:
     """Meanwhile, a signal that should end us calls `act` with all received so far instead; yields those."""
     received: list[int] = []
+    interrupted = -ONE_REQUEST_SECONDS
 
     def hear(number: int, _frame: object) -> None:
+        nonlocal interrupted
+        if number == signal.SIGINT:
+            before, interrupted = interrupted, time.monotonic()
+            if interrupted - before < ONE_REQUEST_SECONDS:
+                return  # a wrapper that heard it too has passed it on
         received.append(number)
         act(received)
 
@@ -36,13 +43,18 @@ def hearing(act: Callable[[list[int]], None]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def insists(received: Sequence[int]) -> bool:
+    """Whether somebody wants the end at once: by a second Ctrl-C. Batch systems repeat their signals anyway."""
+    return received.count(signal.SIGINT) > 1
+
+
 def forwarding(process: subprocess.Popen, to_root: bool) -> contextlib.AbstractContextManager[list[int]]:
     """Meanwhile, a signal that should end us ends the process' family instead; yields the signals received.
 
-    The first one asks (SIGTERM): all of the family with `to_root`, else only what the process itself has started. A
-    second one kills. `process` should have a session of its own: a terminal's Ctrl-C would otherwise hit all at once.
+    It asks (SIGTERM): all of the family with `to_root`, else only what the process itself has started. A second Ctrl-C
+    kills. `process` should have a session of its own: a terminal's Ctrl-C would otherwise hit all at once.
     """
-    return hearing(lambda received: stop(process, to_root, kill=len(received) > 1))
+    return hearing(lambda received: stop(process, to_root, kill=insists(received)))
 
 
 def stop(process: subprocess.Popen, to_root: bool, kill: bool) -> None:
@@ -98,8 +110,8 @@ class Ranks:
                 os.close(self._watched.pop(rank))
         return ended
 
-    def kill(self, seconds: float = 10.0) -> None:
-        """End all of them and the launcher at once, and wait until they have."""
+    def kill(self, seconds: float = 600.0) -> None:
+        """End all of them and the launcher at once, and wait until they have: freeing much memory takes its time."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.launcher.pid, signal.SIGKILL)
         self.launcher.wait()

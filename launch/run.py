@@ -19,7 +19,7 @@ from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
 from launch.supervisor import Supervision, Supervisor
 from training import checkpoint_files
 from training.ds_config import DSConfig, default_path, resolve
-from training.errors import LEFT, MISTAKE, UserError
+from training.errors import LEFT, MISTAKE, RESTARTABLE, UserError
 from training.machine import usable_cores
 from training.recipe import Recipe, load_recipe
 from training.run import CHECKPOINTS, SWAP, open_run
@@ -247,16 +247,17 @@ def attend(launcher: subprocess.Popen, ranks: int) -> tuple[int, int | None]:
 def explain(code: int, failed: int | None) -> int:
     """Say why training ended, where the ranks could not; returns the exit code to end with.
 
-    The launcher turns a rank that a signal killed into 256 - signal. MISTAKE and LEFT were explained by a rank.
+    The launcher turns a rank that a signal killed into 256 - signal. A rank explained MISTAKE, LEFT and RESTARTABLE.
     """
-    rank = "a rank" if failed is None else f"rank {failed}"
+    rank, killer = "a rank" if failed is None else f"rank {failed}", -code if code < 0 else 256 - code
+    if code in (0, MISTAKE, LEFT):
+        return code
     if code in STOPPED:
         print("m6: stopped before it could save", file=sys.stderr)
-    elif code < 0 or code > 192:
-        killer = signal.Signals(-code if code < 0 else 256 - code)
+        return code
+    if killer in set(signal.Signals):
         hint = "; most likely memory ran out" if killer == signal.SIGKILL else ""
-        print(f"m6: {rank} was killed by {killer.name}{hint}", file=sys.stderr)
-        return 1
-    elif code not in (0, MISTAKE, LEFT):
+        print(f"m6: {rank} was killed by {signal.Signals(killer).name}{hint}", file=sys.stderr)
+    elif code != RESTARTABLE:
         print(f"m6: {rank} failed (code {code}); its own message is above", file=sys.stderr)
-    return code
+    return 1

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.processes import Ranks, hearing, is_stopped
+from launch.processes import Ranks, hearing, insists, is_stopped
 from launch.stacks import record_stacks
 from training.errors import LEFT, LOST_PEER, MISTAKE
 from training.extensions import clear_orphaned_locks, extension_root
@@ -60,7 +60,8 @@ class Attempt:
         self.started = time.time()
         self._folder = beats
         self.beats: dict[int, Beat] = {}
-        self._codes: dict[int, int | None] = {}  # of ranks that have ended
+        self._codes: dict[int, int | None] = {}  # of ranks that have ended, or are about to
+        self._old = {rank: beat[1] for rank in range(ranks.count) if (beat := read_beat(beats, rank))}
         self._marks: dict[int, int | None] = {}  # when each file was written
         self._since: dict[int, float] = {}  # how long we know no newer one
         self._looked = time.monotonic()
@@ -83,20 +84,22 @@ class Attempt:
         for rank, code in ended.items():
             said = self.beats[rank].code if rank in self.beats else None
             self._codes[rank] = code if said is None else said
-        if len(requests) > 1:
+        if insists(requests):
             return End(128 + requests[-1], "ended at once")
         if requests:
             return self._leave()
         return self._failure() or self._launcher_end() or self._hang()
 
     def _read(self) -> None:
-        """A file that another process wrote, in an earlier attempt, counts as none."""
+        """A file that another process wrote, in an earlier attempt, counts as none; process ids may come again."""
         now = time.monotonic()
         paused, self._looked = now - self._looked > PAUSED_SECONDS, now
         for rank in range(self.ranks.count):
             beat, mark = read_beat(self._folder, rank) or (None, None)
-            if beat and beat.pid == self.ranks.pids.get(rank):
+            if beat and beat.pid == self.ranks.pids.get(rank) and mark != self._old.get(rank):
                 self.beats[rank] = beat
+                if beat.code not in (None, 0, LEFT):
+                    self._codes.setdefault(rank, beat.code)  # its end may have to wait for a save
             else:
                 mark = None
             if paused or rank not in self._since or mark != self._marks[rank]:
@@ -106,6 +109,8 @@ class Attempt:
         """Ask every rank once, and wait until all have left or their time is over."""
         now = time.monotonic()
         self._asked_at = self._asked_at or now
+        if len(self.ranks.pids) == self.ranks.count:
+            self.ranks.launcher.kill()  # whoever was asked with us: it would give its ranks half a minute
         for rank, pid in self.ranks.running().items():
             if rank not in self._told:
                 self._told.add(rank)

@@ -7,11 +7,10 @@ the manifest of checksums is added, the folder renamed, and only then does `late
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,16 +28,18 @@ from training.checkpoint_files import (
     commit,
     damage,
     make_room,
+    point_at,
     prune,
     read_manifest,
     reading,
     steps,
 )
 from training.engine import Engine
-from training.errors import UserError
+from training.errors import RestartableError, UserError
 from training.recipe import one_line, shown
 from training.slices import Slice, SliceReader, SliceWriter
 from training.snapshot import Snapshot
+from training.start import PATIENCE
 from training.tensor_files import SavedSlice, saved_slices
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class Outcome:
 
     step: int
     error: str
+    warning: str  # what went wrong after it was on the disk
     stall_seconds: float  # for which the training stood still
     write_seconds: float  # until all was on the disk, the stall included
     verify_seconds: float  # then, until it had been read back, and had its name
@@ -68,10 +70,14 @@ class Found:
 class Saver:
     """Saves state while training goes on, one save at a time. Construction and calls are collective."""
 
-    def __init__(self, folder: Path, retention: Retention, buffer_bytes: int):
-        """`buffer_bytes`: host memory a rank that a snapshot may take."""
+    def __init__(
+        self, folder: Path, retention: Retention, buffer_bytes: int, get_on: Callable[[], object] = lambda: None
+    ):
+        """`buffer_bytes`: host memory a rank that a snapshot may take. `get_on` is called after each piece written."""
         self.folder, self.retention, self.buffer_bytes = folder, retention, buffer_bytes
-        self._group = dist.new_group(backend="gloo")  # the writing threads' own, beside the training's
+        self._get_on = get_on
+        # The writing threads' own, beside the training's.
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
@@ -95,7 +101,7 @@ class Saver:
             snapshot.fill(parts)
         except OSError as error:
             reason = one_line(str(error))
-            raise UserError(f"the state cannot be read: {reason}; resume from the last checkpoint") from None
+            raise RestartableError(f"the state cannot be read: {reason}; resume from the last checkpoint") from None
         finally:
             snapshot.end()
             stall.append(time.perf_counter() - started)
@@ -118,9 +124,9 @@ class Saver:
     def _save(
         self, slices: dict[str, Slice], snapshot: Snapshot, manifest: dict[str, Any], started: float, stall: list[float]
     ) -> None:
-        size, error, written = 0, "", started
+        size, error, warning, written = 0, "", "", started
         try:
-            size, written = self._write(slices, snapshot, manifest)
+            size, written, warning = self._write(slices, snapshot, manifest)
         except UserError as problem:
             error = str(problem)
         except BaseException as failure:
@@ -129,63 +135,75 @@ class Saver:
             snapshot.close()
         ended = time.perf_counter()
         times = stall[0] if stall else ended - started, written - started, ended - written
-        self._outcome = Outcome(manifest["step"], error, *times, size)
+        self._outcome = Outcome(manifest["step"], error, warning, *times, size)
 
-    def _write(self, slices: dict[str, Slice], snapshot: Snapshot, manifest: dict[str, Any]) -> tuple[int, float]:
-        """Size of all files in bytes, and when (on the performance counter) they were on the disk."""
+    def _write(self, slices: dict[str, Slice], snapshot: Snapshot, manifest: dict[str, Any]) -> tuple[int, float, str]:
+        """Size of all files in bytes, when (performance counter) they were on the disk, and what went wrong later."""
         final = self.folder / f"step-{manifest['step']}"
         partial = self.folder / f".{final.name}.partial"
         try:
-            self._on_first(lambda: make_room(partial))
-            writer = SliceWriter(partial, snapshot)
-            with _as_user_error():
-                dcp.save(slices, storage_writer=writer, process_group=self._group)
+            on_first_rank(lambda: make_room(partial), self._group)
+            own, error = self._write_own(partial, slices, snapshot)
             written = time.perf_counter()
-            files = self._read_back(partial, writer.written)
-            self._on_first(lambda: commit(partial, final, manifest | {"files": files}))
-            self._on_first(lambda: prune(self.folder, self.retention))
-        except UserError as error:
+            files = self._read_back(partial, own, error)
+            on_first_rank(lambda: commit(partial, final, manifest | {"files": files}), self._group)
+        except UserError as problem:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{final}: not saved ({error}); the checkpoints before it are whole") from None
-        return sum(facts["bytes"] for facts in files.values()), written
-
-    def _read_back(self, folder: Path, written: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """All ranks' files and checksums, after each rank has found its own on the disk as it wrote them."""
-        error = ""
+            raise UserError(f"{final}: not saved ({problem}); the checkpoints before it are whole") from None
+        size = sum(facts["bytes"] for facts in files.values())
         try:
-            for name, facts in written.items():
-                if checksum(folder / name, from_disk=True) != facts:
+            on_first_rank(lambda: point_at(final), self._group)
+            on_first_rank(lambda: prune(self.folder, self.retention), self._group)
+        except UserError as problem:
+            return size, written, f"older checkpoints could not be removed ({problem})"
+        return size, written, ""
+
+    def _write_own(
+        self, folder: Path, slices: dict[str, Slice], snapshot: Snapshot
+    ) -> tuple[dict[str, dict[str, Any]], str]:
+        """This rank's files, with sizes and checksums, and what kept it from writing them ("": nothing)."""
+        writer = SliceWriter(folder, snapshot, list(slices), self._get_on)
+        try:
+            # Each rank knows its own slices; to plan together, rank 0 would gather those of all, and spread them again.
+            dcp.save(slices, storage_writer=writer, no_dist=True)
+        except CheckpointException as failure:
+            [(error, _)] = failure.failures.values()
+            if not isinstance(error, OSError):
+                raise
+            return {}, one_line(str(error))
+        finally:
+            snapshot.close()
+        return writer.written, ""
+
+    def _read_back(self, folder: Path, own: dict[str, dict[str, Any]], error: str) -> dict[str, dict[str, Any]]:
+        """All ranks' files and checksums, after each rank has found its own on the disk as it wrote them."""
+        try:
+            for name, facts in own.items():
+                if checksum(folder / name, self._get_on, from_disk=True) != facts:
                     error = f"{name} is not what was written: the disk is failing"
         except OSError as problem:
-            error = str(problem)
+            error = one_line(str(problem))
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (error, written), group=self._group)
+        dist.all_gather_object(gathered, (error, own), group=self._group)
         _raise_first([error for error, _ in gathered])
-        return {name: facts for _, own in gathered for name, facts in own.items()}
-
-    def _on_first(self, action: Callable[[], None]) -> None:
-        """Rank 0 acts; a failure of the file system there is raised on every rank."""
-        told = [""]
-        if dist.get_rank() == 0:
-            try:
-                action()
-            except OSError as error:
-                told = [one_line(str(error))]
-        dist.broadcast_object_list(told, src=0, group=self._group)
-        _raise_first(told)
+        return {name: facts for _, files in gathered for name, facts in files.items()}
 
 
-@contextlib.contextmanager
-def _as_user_error() -> Iterator[None]:
-    """torch.distributed.checkpoint tells every rank of a failure on any; what the file system refused is a user's."""
-    try:
-        yield
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        if all(isinstance(cause, OSError) for cause in causes):
-            raise UserError(one_line(str(causes[0]))) from None
-        raise
+def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
+    """Rank 0's result, and None elsewhere; what the user or the file system refuses there is raised on every rank.
+
+    Collective. Raises UserError.
+    """
+    result, told = None, [""]
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            told = [one_line(str(error))]
+    dist.broadcast_object_list(told, src=0, group=group)
+    _raise_first(told)
+    return result
 
 
 def _raise_first(errors: list[str]) -> None:
@@ -194,10 +212,11 @@ def _raise_first(errors: list[str]) -> None:
             raise UserError(error)
 
 
-def newest(folder: Path) -> Found | None:
+def newest(folder: Path, get_on: Callable[[], object] = lambda: None) -> Found | None:
     """The newest checkpoint that verifies, its files checked by all ranks together; None where there is none at all.
 
-    Collective. Raises UserError if there are checkpoints, and none verifies, or one is a newer version's.
+    `get_on` is called after each piece that is read. Collective. Raises UserError if there are checkpoints, and none
+    verifies, or one is a newer version's.
     """
     candidates: list[Any] = [steps(folder)]
     dist.broadcast_object_list(candidates, src=0)
@@ -206,7 +225,7 @@ def newest(folder: Path) -> Found | None:
         path = folder / f"step-{step}"
         try:
             manifest = read_manifest(path)
-            problem = _damage_of_share(path, manifest["files"])
+            problem = _damage_of_share(path, manifest["files"], get_on)
         except NewerFormat:
             raise
         except UserError as error:
@@ -220,9 +239,9 @@ def newest(folder: Path) -> Found | None:
     return None
 
 
-def _damage_of_share(path: Path, files: dict[str, dict[str, Any]]) -> str:
+def _damage_of_share(path: Path, files: dict[str, dict[str, Any]], get_on: Callable[[], object]) -> str:
     own = sorted(files)[dist.get_rank() :: dist.get_world_size()]
-    return next(filter(None, (damage(path, name, files[name]) for name in own)), "")
+    return next(filter(None, (damage(path, name, files[name], get_on) for name in own)), "")
 
 
 def _gather(value: T) -> list[T]:
@@ -231,24 +250,30 @@ def _gather(value: T) -> list[T]:
     return gathered
 
 
-def load(engine: Engine, path: Path, manifest: dict[str, Any], blank_step: Callable[[], None]) -> None:
+def load(
+    engine: Engine,
+    path: Path,
+    manifest: dict[str, Any],
+    blank_step: Callable[[], None],
+    get_on: Callable[[], object] = lambda: None,
+) -> None:
     """Read a checkpoint into an engine, new or in use, whatever layout wrote it. Collective.
 
     Raises UserError for another model's.
 
     `blank_step()` takes one optimizer step of zero gradients at learning rate 0. After the masters are set it
     brings DeepSpeed's own machinery to create the optimizer state and to renew the 16-bit working copies, on
-    whichever tier they live.
+    whichever tier they live. `get_on` is called after each piece that is read.
     """
     reader, adam_step = SliceReader(str(path)), manifest.get("adam_step")
     if type(adam_step) is not int or not 0 <= adam_step <= manifest["step"]:
         raise UserError(f"{path}: adam_step {shown(adam_step)} is none of its {manifest['step']} steps")
     with reading(path):
         _check_model(engine, path, saved_slices(path, manifest["files"]))
-        _read(engine, reader, (states.MASTER,), path)
+        _read(engine, reader, (states.MASTER,), path, get_on)
         blank_step()
         if adam_step:
-            _read(engine, reader, states.MOMENTS, path)
+            _read(engine, reader, states.MOMENTS, path, get_on)
         else:
             states.clear_moments(engine)
     states.set_adam_step(engine, adam_step)
@@ -263,10 +288,13 @@ def _check_model(engine: Engine, path: Path, saved: dict[str, list[SavedSlice]])
             raise UserError(f"{path}: it is of another model ({shown(name)} has {counts})")
 
 
-def _read(engine: Engine, reader: SliceReader, kinds: tuple[str, ...], path: Path) -> None:
+def _read(
+    engine: Engine, reader: SliceReader, kinds: tuple[str, ...], path: Path, get_on: Callable[[], object]
+) -> None:
     for parts in states.resident(engine, kinds):
         slices: dict[str, Any] = {part.key: Slice.of(part, view) for part, view in parts}
         try:
             dcp.load(slices, storage_reader=reader, no_dist=True)
         except (CheckpointException, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: it is of another model ({one_line(str(error))[:200]})") from None
+            raise RestartableError(f"{path}: cannot be read ({one_line(str(error))[:200]})") from None
+        get_on()

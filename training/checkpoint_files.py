@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from training.errors import UserError
+from training.files import flush, replace
 from training.recipe import one_line
 from training.tensor_files import size_of
 
@@ -43,46 +44,25 @@ class NewerFormat(UserError):
 
 
 def make_room(partial: Path) -> None:
-    """Make the folder in which a checkpoint will grow, and take away those that did not become one."""
-    for left in partial.parent.glob(".step-*"):  # of a save or a removal that was cut off
-        shutil.rmtree(left)
+    """Make the folder in which a checkpoint will grow, and take away the remains of saves and removals cut off."""
+    for left in (*partial.parent.glob(".step-*.partial"), *partial.parent.glob(".step-*.removed")):
+        shutil.rmtree(left, ignore_errors=True)  # another's may be held by who reads it
     partial.mkdir(parents=True)
 
 
 def commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Seal the files in `partial`, which are on the disk, as the newest checkpoint `final`."""
+    """Seal the files in `partial`, which are on the disk, as the checkpoint `final`."""
     text = json.dumps(manifest, ensure_ascii=False, indent=1)
-    seal = xxhash.xxh3_128_hexdigest(text.encode())
-    _write_file(partial / MANIFEST, text)
-    _write_file(partial / SEAL, seal)
-    flush(partial)
+    replace(partial / SEAL, xxhash.xxh3_128_hexdigest(text.encode()), durable=True)
+    replace(partial / MANIFEST, text, durable=True)
     partial.rename(final)
     flush(final.parent)
-    _point_at(final, seal)
 
 
-def _point_at(path: Path, seal: str) -> None:
+def point_at(path: Path) -> None:
     """Let `latest` name the checkpoint `path`."""
-    temporary = path.parent / f".{LATEST}.partial"
-    _write_file(temporary, f"{path.name} {seal}")
-    temporary.rename(path.parent / LATEST)
-    flush(path.parent)
-
-
-def _write_file(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush(path: Path) -> None:
-    """Make a file, or what was created and renamed in a folder, last through a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    seal = (path / SEAL).read_text(encoding="utf-8")
+    replace(path.parent / LATEST, f"{path.name} {seal}", durable=True)
 
 
 def steps(folder: Path) -> list[int]:
@@ -93,9 +73,13 @@ def steps(folder: Path) -> list[int]:
 
 def prune(folder: Path, retention: Retention) -> None:
     """Remove what need not stay, except what is being read."""
-    for step in steps(folder)[: -retention.newest]:
+    found = steps(folder)
+    for step in found[: -retention.newest]:
         if not (retention.every and step % retention.every == 0):
             _remove(folder / f"step-{step}")
+    for path in folder.glob(".step-*.aside"):
+        if found and int(path.name.split("-")[1].removesuffix(".aside")) <= found[-1]:
+            shutil.rmtree(path)
 
 
 def _remove(path: Path) -> None:
@@ -126,15 +110,16 @@ def reading(path: Path) -> Iterator[None]:
 def set_aside_after(folder: Path, step: int) -> None:
     """Hide the checkpoints after `step`, from which training goes on: refused, or of a future that was given up.
 
-    Rank 0 alone. They stay on the disk until the next save.
+    Rank 0 alone. They stay on the disk until training has come as far again: perhaps only reading one has failed.
     """
     given_up = [number for number in steps(folder) if number > step]
     if given_up:
-        last = folder / f"step-{step}"
-        _point_at(last, (last / SEAL).read_text(encoding="utf-8"))
+        point_at(folder / f"step-{step}")
     for later in given_up:
         path = folder / f"step-{later}"
-        path.rename(path.with_name(f".{path.name}.aside"))
+        aside = path.with_name(f".{path.name}.aside")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -173,14 +158,17 @@ def _fault(path: Path, manifest: dict[str, Any]) -> str:
     return f"{min(strangers)} is not listed, and would be read" if strangers else ""
 
 
-def damage(path: Path, name: str, facts: dict[str, Any]) -> str:
-    """What is wrong with a file of the checkpoint `path`; "" if it is what its manifest says."""
+def damage(path: Path, name: str, facts: dict[str, Any], get_on: Callable[[], object] = lambda: None) -> str:
+    """What is wrong with a file of the checkpoint `path`; "" if it is what its manifest says.
+
+    `get_on` is called after each piece that is read.
+    """
     file = path / name
     try:
         size = size_of(file)
         if size != facts["bytes"]:
             return f"{file}: {size:,} bytes instead of {facts['bytes']:,}"
-        return "" if checksum(file) == facts else f"{file}: damaged (its checksum is not the manifest's)"
+        return "" if checksum(file, get_on) == facts else f"{file}: damaged (its checksum is not the manifest's)"
     except OSError as error:
         return f"{file}: {error.strerror}"
 
@@ -201,7 +189,7 @@ def problems(path: Path, advance: Callable[[int], object] = lambda size: None) -
     return list(filter(None, found))
 
 
-def checksum(path: Path, from_disk: bool = False) -> dict[str, Any]:
+def checksum(path: Path, get_on: Callable[[], object] = lambda: None, from_disk: bool = False) -> dict[str, Any]:
     """Size and XXH3 (128 bits) of a file; `from_disk`: as the disk holds it, not as memory remembers it."""
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
@@ -210,4 +198,5 @@ def checksum(path: Path, from_disk: bool = False) -> dict[str, Any]:
         while data := file.read(PIECE):
             digest.update(data)
             size += len(data)
+            get_on()
     return {"bytes": size, "xxh3": digest.hexdigest()}

@@ -27,8 +27,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.m6 import M6, Layer
 from model.vision import PatchEmbedding
-from training.checkpoint_files import flush
 from training.errors import UserError
+from training.files import flush
 from training.recipe import Recipe, one_line, shown
 from training.tensor_files import SavedSlice, head, saved_slices
 

@@ -23,7 +23,8 @@ from training.tracking import write_json
 
 STACKS = signal.SIGUSR2
 BEAT_SECONDS = 1.0  # the file is written no oftener, on however slow a file system it lies
-KNOWN_AFTER = 3  # times between two beats make known what is usual
+KNOWN_AFTER = 3  # whole steps, or batches of an evaluation, make known what is usual
+REMEMBERED = 20  # of them
 
 Phase = Literal["starting", "training", "evaluating", "saving", "loading", "ending", "ended"]
 
@@ -39,7 +40,7 @@ class Beat:
     phase: Phase
     step: int  # steps done
     first_step: int  # with which this process began
-    usual_seconds: float | None  # the longest of the recent times between two beats of the phase; None: not known yet
+    usual_seconds: float | None  # the longest time between two beats of the last steps; None: not known yet
     code: int | None = None  # with which the rank ended
     error: str = ""
 
@@ -53,7 +54,8 @@ class Heartbeat:
         self._stacks: IO[str] | None = None
         self._phase: Phase = "starting"
         self._step = self._first_step = 0
-        self._gaps: dict[Phase, deque[float]] = {}
+        self._longest: dict[Phase, deque[float]] = {}  # times between two beats, of each of the last steps
+        self._gap = 0.0  # the longest of the step under way
         self._last = self._written = time.monotonic()
 
     def open(self, folder: Path, rank: int) -> None:
@@ -72,16 +74,29 @@ class Heartbeat:
 
     def enter(self, phase: Phase) -> None:
         """From now on the rank does something else."""
-        self._phase, self._last = phase, time.monotonic()
+        self._count()
+        self._phase = phase
         self._write()
 
     def beat(self, step: int) -> None:
         """Something was done: a micro-batch, or a batch of an evaluation; `step` steps are done."""
-        now = time.monotonic()
-        self._gaps.setdefault(self._phase, deque(maxlen=100)).append(now - self._last)
-        self._step, self._last = step, now
-        if now - self._written >= BEAT_SECONDS:
+        self._count()
+        if step != self._step or self._phase != "training":
+            self._longest.setdefault(self._phase, deque(maxlen=REMEMBERED)).append(self._gap)
+            self._step, self._gap = step, 0.0
+        if self._last - self._written >= BEAT_SECONDS:
             self._write()
+
+    def get_on(self) -> None:
+        """A piece of a long read or write is done. Any thread may say so; it counts where the rank waits for that."""
+        waits = self._phase in ("starting", "loading", "saving", "ending")
+        if waits and time.monotonic() - self._written >= BEAT_SECONDS:
+            self._write()
+
+    def _count(self) -> None:
+        """The time since the last beat, which may have held an optimizer's step."""
+        now = time.monotonic()
+        self._gap, self._last = max(self._gap, now - self._last), now
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
@@ -111,8 +126,8 @@ class Heartbeat:
                 os.utime(self._path)
 
     def _usual(self) -> float | None:
-        gaps = self._gaps.get(self._phase, ())
-        return max(gaps) if len(gaps) >= KNOWN_AFTER else None
+        longest = self._longest.get(self._phase, ())
+        return max(longest) if len(longest) >= KNOWN_AFTER else None
 
 
 def read_beat(folder: Path, rank: int) -> tuple[Beat, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from training.data.corpus import Corpus
 from training.data.order import GlobalOrder
 from training.data.tasks import TASKS
 from training.engine import Engine, StepResult
-from training.errors import LEFT, UserError
+from training.errors import LEFT, RestartableError, UserError
 from training.evaluate import Validation
 from training.heartbeat import Heartbeat
 from training.meter import Meter, host_bytes
@@ -60,11 +60,11 @@ class Training:
         )  # fmt: skip
         self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
         self.validation = Validation(self.corpus, recipe, collate)
-        self.lock = _on_first_rank(lambda: lock_run(self.folder))
+        self.lock = checkpoint.on_first_rank(lambda: lock_run(self.folder))
         self.heartbeat.open(self.folder / RANKS, self.rank)
         self._empty_swap()  # of what a killed run left
-        _on_first_rank(self.corpus.verify)
-        found = checkpoint.newest(self.folder / CHECKPOINTS) if resume else None
+        checkpoint.on_first_rank(self.corpus.verify)
+        found = checkpoint.newest(self.folder / CHECKPOINTS, self.heartbeat.get_on) if resume else None
         if found:
             self._check(found)
         dist.barrier()  # every rank has checked before one of them writes
@@ -76,7 +76,7 @@ class Training:
         dtype = next(self.engine.model.parameters()).dtype
         self.peak = matmul_flops(self.engine.device, dtype)
         retention = checkpoint_files.Retention(recipe.keep, recipe.keep_every)
-        self.saver = checkpoint.Saver(self.folder / CHECKPOINTS, retention, recipe.save_buffer)
+        self.saver = checkpoint.Saver(self.folder / CHECKPOINTS, retention, recipe.save_buffer, self.heartbeat.get_on)
         self.saved_step: int | None = None  # that of the newest checkpoint, once it is whole
         self.step, manifest = self._restore(found) if found else (0, {})
         self.evaluation_due = manifest.get("evaluation_due", not found)
@@ -110,7 +110,7 @@ class Training:
 
     def _check_swap(self) -> None:
         if damage := states.swap_damage(self.engine):
-            raise UserError(f"{damage}: NVMe offload needs it; go on from the last save by --resume") from None
+            raise RestartableError(f"{damage}: NVMe offload needs it; go on from the last save by --resume") from None
 
     def _before_batch(self) -> None:
         self.heartbeat.beat(self.step)
@@ -188,7 +188,7 @@ class Training:
             self._give_up(f"{words}, after {rule.rollbacks} rollbacks (spike.rollbacks)")
         with self.heartbeat.during("loading"):
             self._tell_saved(self.saver.wait())
-            found = checkpoint.newest(self.folder / CHECKPOINTS)
+            found = checkpoint.newest(self.folder / CHECKPOINTS, self.heartbeat.get_on)
         if found is None:
             self._tell("loss spike", f"{words}; there is no checkpoint to go back to")
             self.guard.accept(loss, rule)
@@ -255,6 +255,7 @@ class Training:
             "position": self.guard.place(self.step) * self.recipe.global_batch,
             "safeguard": self.guard.state(),
             "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_sha256": self.recipe.sha256(),
             "counters": self.meter.counters(),
             "tokenizer": self.corpus.tokenizer.sha256,
             "data": self.corpus.fingerprint,
@@ -285,8 +286,8 @@ class Training:
     def _restore(self, found: checkpoint.Found) -> tuple[int, dict[str, Any]]:
         path, manifest = found.path, found.manifest
         with self.heartbeat.during("loading"):
-            checkpoint.load(self.engine, path, manifest, self._blank_step)
-        _on_first_rank(lambda: checkpoint_files.set_aside_after(path.parent, manifest["step"]))
+            checkpoint.load(self.engine, path, manifest, self._blank_step, self.heartbeat.get_on)
+        checkpoint.on_first_rank(lambda: checkpoint_files.set_aside_after(path.parent, manifest["step"]))
         self.saved_step = manifest["step"]
         return manifest["step"], manifest
 
@@ -313,17 +314,3 @@ class Training:
             "host_bytes/before_model": self.host_bytes_before,
             **{f"rows_a_step/{task}": count for task, count in order.counts.items()},
         }
-
-
-def _on_first_rank(action: Callable[[], T]) -> T | None:
-    """Rank 0's result, and None elsewhere; a UserError there is raised on every rank. Collective."""
-    result, told = None, [""]
-    if dist.get_rank() == 0:
-        try:
-            result = action()
-        except UserError as error:
-            told = [str(error)]
-    dist.broadcast_object_list(told, src=0)
-    if told[0]:
-        raise UserError(told[0])
-    return result

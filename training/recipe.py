@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -140,6 +141,11 @@ class Recipe(Section):
         if self.text_positions > config.max_positions:
             raise ValueError(f"text_positions={self.text_positions} is more than max_positions={config.max_positions}")
         return self
+
+    def sha256(self) -> str:
+        """The same for equal recipes, by which runs can be told apart."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def model_shape(self) -> ModelConfig:
         """The model's shape (capacity still the preset's: the ds_config decides it)."""

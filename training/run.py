@@ -15,6 +15,7 @@ import yaml
 from model.config import ModelConfig
 from training.ds_config import DSConfig
 from training.errors import UserError
+from training.files import replace
 from training.recipe import Recipe, nearest, parse_recipe, read_mapping, shown
 
 FOLDER = Path("runs")
@@ -143,15 +144,8 @@ def record_settings(folder: Path, recipe: Recipe, config: DSConfig) -> None:
     """Write the resolved recipe and ds_config into the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
-    _replace(folder / DS_CONFIG, json.dumps(config.values, indent=1))
-    _replace(folder / RECIPE, text)  # last: with it the run has begun
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace(folder / DS_CONFIG, json.dumps(config.values, indent=1), durable=True)
+    replace(folder / RECIPE, text, durable=True)  # last: with it the run has begun
 
 
 def read_settings(folder: Path) -> tuple[Recipe, dict[str, Any]]:

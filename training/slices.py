@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,21 @@ class Slice(Tensor):
 class SliceWriter(dcp.HuggingFaceStorageWriter):
     """Writes one file a rank, from a snapshot that is filled in the order of the slices."""
 
-    def __init__(self, folder: Path, snapshot: Snapshot):
+    def __init__(self, folder: Path, snapshot: Snapshot, keys: list[str], get_on: Callable[[], object]):
+        """`keys`: the slices' in order; `get_on` is called after each piece that is written."""
         super().__init__(str(folder), save_distributed=True)
-        self._snapshot = snapshot
+        self._snapshot, self._keys, self._get_on = snapshot, keys, get_on
         self.written: dict[str, dict[str, Any]] = {}  # this rank's files: name -> size in bytes and checksum
 
     def write_data(self, plan: SavePlan, _: Any) -> Future[list[WriteResult]]:
         name = f"rank-{dist.get_rank():05}.safetensors"
+        assert [item.index.fqn for item in plan.items] == self._keys, "the snapshot's pieces have no names"
         with _Sink(Path(self.path) / name) as sink:
             sink.write(_header(plan.items))
             for item in plan.items:
                 for chunk in self._snapshot.take(_bytes(item)):
                     sink.write(chunk.view(torch.uint8).numpy().data)
+                    self._get_on()
         self.written[name] = sink.facts()
         done: Future[list[WriteResult]] = Future()
         done.set_result([WriteResult(item.index, _bytes(item), None) for item in plan.items])

@@ -46,7 +46,7 @@ class Snapshot:
             with self._change:
                 self._change.wait_for(lambda: self._ended or (self._begun and self._chunks))
                 if not self._chunks:
-                    raise RuntimeError("the state could not be read to its end")
+                    raise OSError("the state could not be read to its end")
                 chunk = self._chunks.popleft()
             yield chunk
             size -= chunk.nbytes

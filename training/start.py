@@ -7,17 +7,24 @@ import functools
 import importlib
 import io
 import os
+import resource
+from datetime import timedelta
 from typing import Any
 
 import cpuinfo
+
+PATIENCE = timedelta(hours=1)  # of a rank whose peers read or write; who supervises a run notices a hang much sooner
 
 
 def init_distributed() -> None:
     """Form the group of all ranks, as the launcher's environment says: over NCCL on GPUs, over gloo on CPUs."""
     _spare_slow_starts()
+    # Gloo connects every rank with every other one, once a group: 512 ranks would meet the usual limit.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     deepspeed: Any = importlib.import_module("deepspeed")
     with _quiet():
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
 
 
 def _spare_slow_starts() -> None:

@@ -11,8 +11,10 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from training.start import PATIENCE
+
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-ONE_REQUEST_SECONDS = 2.0  # a batch system and a launcher may both pass on the same one
+ONE_REQUEST_SECONDS = 2.0  # a terminal and a launcher may both pass on the same one
 
 
 Action = signal.Handlers | Callable[[int, FrameType | None], None]
@@ -26,7 +28,7 @@ class StopRequest:
     """Listens from its construction on, in the main thread.
 
     A request raises StopRequested at once before `begin`, and on all ranks together at their next `check` after it.
-    A second one ends the process.
+    A second Ctrl-C ends the process; batch systems repeat their signals, and mean nothing by it.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class StopRequest:
 
     def begin(self) -> None:
         """From now on there is state to be saved. Collective."""
-        self._group = dist.new_group(backend="gloo")  # on every device: the word is a host's
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)  # on every device: the word is a host's
 
     def check(self) -> None:
         """Raise StopRequested if any rank was asked. Collective."""
@@ -56,7 +58,7 @@ class StopRequest:
             self._heard_at = now
             if self._group is None:
                 raise StopRequested
-        elif now - self._heard_at > ONE_REQUEST_SECONDS:
+        elif number == signal.SIGINT and now - self._heard_at > ONE_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

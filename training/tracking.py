@@ -17,7 +17,7 @@ import secrets
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from training.errors import UserError
+from training.files import replace
 from training.recipe import Recipe
 
 if TYPE_CHECKING:  # a report needs no torch
@@ -81,7 +82,7 @@ class Tracker:
         """
         mode = wandb_mode(recipe)
         run.mkdir(parents=True, exist_ok=True)
-        self._run, self._recipe = run, recipe
+        self._run, self._recipe, self._full = run, recipe, False
         self._window: list[Record] = list(state["window"]) if state else []
         self._time_left = TimeLeft(recipe.steps, recipe.evaluation.every)
         keep_lines(run / "metrics.jsonl", start_step if start_step or state else -1)
@@ -127,7 +128,7 @@ class Tracker:
 
     def routing(self, step: int, load: dict[str, list[list[list[int]]]]) -> None:
         """Keep where the tokens went: `wanted` and `kept` assignments, [layers][image, text][experts]."""
-        write_json(self._run / "routing.json", {"step": step, **load})
+        self._keep("routing.json", {"step": step, **load})
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
         """Record validation losses, as `loss/validation/<task>`, on a line of their own."""
@@ -139,7 +140,7 @@ class Tracker:
     def samples(self, step: int, samples: list[Sample]) -> None:
         """Keep what the model writes now, in place of what it wrote before; wandb keeps all."""
         rows = [sample._asdict() | {"image": _as_text(sample.image)} for sample in samples]
-        write_json(self._run / "samples.json", {"step": step, "samples": rows})
+        self._keep("samples.json", {"step": step, "samples": rows})
         self._page.samples(step, samples)
 
     def event(self, step: int, kind: str, text: str = "") -> None:
@@ -164,9 +165,10 @@ class Tracker:
             "save/write_seconds": outcome.write_seconds,
             "save/verify_seconds": outcome.verify_seconds,
         }
+        remark = f"; {outcome.warning}" if outcome.warning else ""
         text = outcome.error or (
             f"checkpoint of {outcome.bytes / 1e6:,.0f} MB, written in {outcome.write_seconds:.1f} s and verified in "
-            f"{outcome.verify_seconds:.1f} s; training stood still for {outcome.stall_seconds:.2f} s"
+            f"{outcome.verify_seconds:.1f} s; training stood still for {outcome.stall_seconds:.2f} s{remark}"
         )
         self._write({"step": outcome.step, "event": "not saved" if outcome.error else "saved", "text": text, **times})
         self._screen.say(f"step {outcome.step}: {'NOT SAVED: ' if outcome.error else 'saved, '}{text}")
@@ -174,19 +176,36 @@ class Tracker:
     def close(self, summary: Record) -> None:
         """Keep the run's closing figures, end the live line, finish wandb and its service."""
         self._about["summary"] = clean(summary)
-        write_json(self._run / "run.json", self._about)
+        self._keep("run.json", self._about)
         self._page.summary(summary)
         self._stop(failed=False)
 
     def _write(self, line: Record) -> None:
-        self._metrics.write(json.dumps(clean(line), ensure_ascii=False, allow_nan=False) + "\n")
-        self._metrics.flush()
+        with self._while_there_is_room():
+            self._metrics.write(json.dumps(clean(line), ensure_ascii=False, allow_nan=False) + "\n")
+            self._metrics.flush()  # what a full disk has refused stays in the buffer for the next time
         self._page.log(line["step"], line)
+
+    def _keep(self, name: str, value: Any) -> None:
+        with self._while_there_is_room():
+            write_json(self._run / name, value)
+
+    @contextlib.contextmanager
+    def _while_there_is_room(self) -> Iterator[None]:
+        """Training does not end because the disk is full: that is told once, and again after it was better."""
+        try:
+            yield
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self._screen.say(f"metrics cannot be written ({error.strerror}): training goes on, make room")
+            self._full = True
 
     def _stop(self, failed: bool) -> None:
         self._screen.stop()
         self._page.finish(failed)
-        self._metrics.close()
+        with self._while_there_is_room():
+            self._metrics.close()
 
 
 def summarise(window: list[Record]) -> Record:
@@ -226,7 +245,7 @@ def keep_lines(path: Path, step: int) -> None:
     kept = [line for line in read_lines(path) if line["step"] <= step]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
     if path.exists():
-        _replace(path, text)
+        replace(path, text)
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -253,13 +272,7 @@ def read_json(path: Path, default: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is never seen half written."""
-    _replace(path, json.dumps(value, ensure_ascii=False, indent=None))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace(path, json.dumps(value, ensure_ascii=False, indent=None))
 
 
 def _as_text(image: bytes | None) -> str | None:

@@ -15,7 +15,7 @@ import warnings
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from training.errors import LEFT, LOST_PEER, MISTAKE, UserError
+from training.errors import LEFT, LOST_PEER, MISTAKE, RESTARTABLE, RestartableError, UserError
 from training.extensions import prepare_extensions
 from training.heartbeat import Heartbeat
 from training.loop import Training
@@ -39,7 +39,8 @@ def main() -> None:
     except Exception as error:
         heartbeat.end(1, f"{type(error).__name__}: {error}")
         raise
-    heartbeat.end(code)
+    if code != RESTARTABLE:  # that one has told what it was
+        heartbeat.end(code)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -63,8 +64,10 @@ def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:
         return code
     except UserError as error:
         answer(signal.SIG_DFL)
+        if isinstance(error, RestartableError):
+            heartbeat.end(RESTARTABLE, str(error))
         _tell(error, int(os.environ.get("RANK", 0)))
-        return MISTAKE
+        return RESTARTABLE if isinstance(error, RestartableError) else MISTAKE
     except RuntimeError as error:
         if os.environ.get("M6_DEBUG") or not _lost_peer(error):
             raise

@@ -13,7 +13,7 @@ from launch.checkpoints import export_run, verify_run
 from tests.launch.test_cli import m6
 from tests.training.made_checkpoint import first_model, make_checkpoints, make_recipe, same_values
 from tests.training.test_checkpoint_files import largest_file
-from training import checkpoint, checkpoint_files
+from training import checkpoint_files
 from training.data.corpus import Corpus
 from training.errors import UserError
 from training.export import load_exported
@@ -142,7 +142,7 @@ def test_what_is_pruned_meanwhile_is_no_damage(run: Path, monkeypatch: pytest.Mo
         shutil.rmtree(home / "step-4", ignore_errors=True)
         return found
 
-    monkeypatch.setattr(checkpoint, "steps", list_and_prune)
+    monkeypatch.setattr(checkpoint_files, "steps", list_and_prune)
     assert verify_run(str(run), None) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "8", "12"]
 
@@ -155,7 +155,7 @@ def test_what_is_verified_is_not_pruned(run: Path, monkeypatch: pytest.MonkeyPat
         assert path.is_dir()
         return check(path, advance)
 
-    monkeypatch.setattr(checkpoint, "problems", check_while_pruning)
+    monkeypatch.setattr(checkpoint_files, "problems", check_while_pruning)
     assert verify_run(str(run), 4) == 0
     assert checkpoint_files.steps(run / "checkpoints") == [4, 12]
 

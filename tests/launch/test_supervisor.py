@@ -10,11 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from launch import supervisor
+from launch.processes import Ranks
+from training.heartbeat import Beat
+from training.tracking import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,10 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import signal, subprocess, sys
 from pathlib import Path
-from launch import supervisor
+from launch import processes, supervisor
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
 
+processes.ONE_REQUEST_SECONDS = 0.5
 supervisor.SILENT_SECONDS, supervisor.FIRST_STEPS_SECONDS, supervisor.LONGEST_DELAY = 2.0, 3.0, 0.1
 folder, ending = Path(sys.argv[1]), sys.argv[2]
 
@@ -100,7 +107,51 @@ def test_a_stopped_rank_is_named_and_looked_into_from_outside(tmp_path: Path) ->
     code, lines = supervise(tmp_path, "stop")
     assert code == 0
     assert lines[0].startswith("m6: rank 1 stopped for 2 s, at step ")
-    assert "It did not answer; py-spy says:" in stacks(tmp_path)[1]
+    assert "It did not answer; py-spy says:" in stacks(tmp_path)[1] and "stub_run.py" in stacks(tmp_path)[1]
+
+
+def beat(phase: str, usual: float | None) -> Beat:
+    return Beat(1, "host", 0.0, 0.0, phase, 9, 0, usual)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("beat", "stopped", "seconds"),
+    [
+        (None, False, supervisor.LONG_WAIT_SECONDS),
+        *((beat(p, None), False, supervisor.LONG_WAIT_SECONDS) for p in ("starting", "loading", "saving", "ending")),
+        (beat("training", None), False, supervisor.FIRST_STEPS_SECONDS),
+        (beat("training", 1.0), False, supervisor.SILENT_SECONDS),
+        (beat("training", 100.0), False, 200.0),
+        (beat("evaluating", 100.0), False, 200.0),
+        (beat("ended", None), False, supervisor.SILENT_SECONDS),
+        (beat("saving", None), True, supervisor.SILENT_SECONDS),
+    ],
+)
+def test_a_rank_may_be_silent_for_as_long_as_what_it_does_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beat: Beat | None, stopped: bool, seconds: float
+) -> None:
+    launcher = subprocess.Popen(["true"], start_new_session=True)
+    attempt = supervisor.Attempt(Ranks(launcher, 1), tmp_path, 60)
+    monkeypatch.setattr(supervisor, "is_stopped", lambda pid: stopped)
+    attempt.ranks.pids[0] = 1
+    if beat:
+        attempt.beats[0] = beat
+    assert attempt._limit(0) == seconds
+    launcher.wait()
+
+
+def test_a_file_of_an_earlier_start_tells_nothing_though_the_process_id_is_the_same(tmp_path: Path) -> None:
+    """As in a container that was started again."""
+    launcher = subprocess.Popen(["true"], start_new_session=True)
+    write_json(tmp_path / "0.json", asdict(replace(beat("ended", None), code=0)))
+    attempt = supervisor.Attempt(Ranks(launcher, 1), tmp_path, 60)
+    attempt.ranks.pids[0] = 1
+    attempt._read()
+    assert attempt.beats == {}
+    write_json(tmp_path / "0.json", asdict(replace(beat("ended", None), code=1)))
+    attempt._read()
+    assert attempt.beats[0].code == 1 and attempt._codes == {0: 1}
+    launcher.wait()
 
 
 def test_a_run_that_comes_no_further_is_given_up(tmp_path: Path) -> None:
@@ -143,14 +194,21 @@ def test_a_request_comes_through_while_the_ranks_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("signals", "code", "said"), [(1, 75, "did not leave within 2 s and were killed"), (2, 143, "ended at once")]
+    ("number", "pause", "code", "said"),
+    [
+        (signal.SIGTERM, 0.3, 75, "did not leave within 2 s and were killed"),  # a batch system repeats itself
+        (signal.SIGINT, 0.3, 75, "did not leave within 2 s and were killed"),  # as does who passes a Ctrl-C on
+        (signal.SIGINT, 0.8, 130, "ended at once"),
+    ],
 )
-def test_ranks_that_do_not_leave_are_killed(tmp_path: Path, signals: int, code: int, said: str) -> None:
+def test_ranks_that_do_not_leave_are_killed(
+    tmp_path: Path, number: signal.Signals, pause: float, code: int, said: str
+) -> None:
     process = start(tmp_path, "deaf")
     beats = wait_for(lambda: (found := list(tmp_path.glob(".ranks/*.json"))) and len(found) == 2 and found)
     pids = [json.loads(beat.read_text())["pid"] for beat in beats]
-    for _ in range(signals):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+    for _ in range(2):
+        process.send_signal(number)
+        time.sleep(pause)
     assert said in process.communicate(timeout=60)[1] and process.returncode == code
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)

@@ -1,6 +1,7 @@
 """What befalls a checkpoint's files on the disk: damage, pruning, saves that fail. The state is made up, and small."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -156,8 +157,32 @@ def test_a_future_that_was_given_up_is_out_of_sight(three: Path) -> None:
     checkpoint_files.set_aside_after(three, 1)
     found = checkpoint.newest(three)
     assert found is not None and found.path.name == "step-1"
-    save(Saver(three, Retention(9), 2**24), 2)
-    assert names(three) == {"latest", "step-1", "step-2"}
+    saver = Saver(three, Retention(9), 2**24)
+    save(saver, 2)
+    assert names(three) == {"latest", "step-1", "step-2", ".step-3.aside"}  # until training has come as far again
+    save(saver, 3)
+    assert names(three) == {"latest", "step-1", "step-2", "step-3"}
+
+
+def test_older_ones_that_cannot_be_removed_are_a_remark_and_no_failure(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file that somebody reads leaves another behind."""
+    remove = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path.name == ".step-1.removed" and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        if path.name != ".step-1.removed":
+            remove(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    saver = Saver(three, Retention(1), 2**24)
+    for step in (4, 5):
+        (outcome,) = save(saver, step)
+        assert outcome.error == "" and checkpoint_files.steps(three)[-1] == step
+        assert ("Directory not empty" in outcome.warning) == (step == 4)
+    assert checkpoint_files.steps(three) == [5]
 
 
 @contextlib.contextmanager

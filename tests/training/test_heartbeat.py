@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,18 +39,54 @@ def test_it_tells_phase_step_and_what_is_usual(tmp_path: Path, monkeypatch: pyte
     own.open(tmp_path, 0)
     assert (said(tmp_path).phase, said(tmp_path).pid) == ("starting", os.getpid())
     own.begin(5)
-    for _ in range(KNOWN_AFTER):
+    for step in range(6, 6 + KNOWN_AFTER):
         assert said(tmp_path).usual_seconds is None
         time.sleep(0.02)
-        own.beat(6)
+        own.beat(step)
     beat = said(tmp_path)
-    assert (beat.phase, beat.step, beat.first_step) == ("training", 6, 5)
+    assert (beat.phase, beat.step, beat.first_step) == ("training", 5 + KNOWN_AFTER, 5)
     assert beat.usual_seconds is not None and 0.02 <= beat.usual_seconds < 1
     with own.during("evaluating"):
         assert (said(tmp_path).phase, said(tmp_path).usual_seconds) == ("evaluating", None)
     assert said(tmp_path).phase == "training"
     own.end(1, "ValueError: seven")
     assert (said(tmp_path).phase, said(tmp_path).code, said(tmp_path).error) == ("ended", 1, "ValueError: seven")
+
+
+def test_the_optimizers_share_of_a_step_is_usual_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many micro-batches a step has, and also where an evaluation comes right after it."""
+    now = 0.0
+    monkeypatch.setattr(heartbeat, "time", types.SimpleNamespace(monotonic=lambda: now, time=lambda: now))
+    own = Heartbeat()
+    own.open(tmp_path, 0)
+    own.begin(0)
+    for step in range(KNOWN_AFTER):
+        for _ in range(150):  # after each of its micro-batches but the last, which the optimizer's step follows
+            assert said(tmp_path).usual_seconds is None
+            now += 1
+            own.beat(step)
+        now += 60
+        with own.during("evaluating"):
+            now += 500
+        own.beat(step + 1)
+    own.enter("training")
+    assert said(tmp_path).usual_seconds == 60
+
+
+def test_who_waits_for_a_long_write_gets_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.0)
+    own = Heartbeat()
+    own.open(tmp_path, 0)
+    own.begin(0)
+    before = read_beat(tmp_path, 0)
+    time.sleep(0.02)
+    own.get_on()  # in the background, while the rank itself may hang
+    assert read_beat(tmp_path, 0) == before
+    with own.during("saving"):
+        before = read_beat(tmp_path, 0)
+        time.sleep(0.02)
+        own.get_on()
+        assert read_beat(tmp_path, 0) != before
 
 
 def test_beats_are_written_no_oftener_than_needed_and_are_cheap(tmp_path: Path) -> None:
@@ -139,10 +176,11 @@ def test_one_rank_that_is_asked_makes_all_leave_at_the_same_check() -> None:
 
 
 LISTENS = """
-import sys, time
+import signal, sys, time
 import torch.distributed as dist
 from training import stopping
 stopping.ONE_REQUEST_SECONDS = 0.5
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
 request = stopping.StopRequest()
 if sys.argv[1] == "running":
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -155,12 +193,24 @@ except stopping.StopRequested:
 """
 
 
-@pytest.mark.parametrize(("state", "pauses", "code"), [("starting", [0.0], 75), ("running", [0.1, 1.0, 0.0], -15)])
-def test_a_request_ends_a_start_at_once_and_a_second_one_anything(state: str, pauses: list[float], code: int) -> None:
+@pytest.mark.parametrize(
+    ("state", "number", "pauses", "code"),
+    [
+        ("starting", signal.SIGTERM, [0.0], 75),
+        ("running", signal.SIGINT, [0.1, 1.0, 0.0], -signal.SIGINT),
+        ("running", signal.SIGTERM, [0.1, 1.0, 1.0], -signal.SIGKILL),
+    ],
+)
+def test_a_request_ends_a_start_at_once_and_a_second_interrupt_anything(
+    state: str, number: signal.Signals, pauses: list[float], code: int
+) -> None:
     process = subprocess.Popen([sys.executable, "-c", LISTENS, state], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     for pause in pauses:
         assert process.poll() is None
-        process.terminate()
+        process.send_signal(number)
         time.sleep(pause)
+    if code == -signal.SIGKILL:
+        assert process.poll() is None  # it is still saving
+        process.kill()
     assert process.wait(timeout=30) == code

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -6,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -287,6 +289,21 @@ def test_an_unknown_wandb_mode_is_refused_before_anything_is_touched(
     with pytest.raises(UserError, match="WANDB_MODE='ofline': must be online, offline, disabled"):
         Tracker(tmp_path, RECIPE, FACTS)
     assert written(tmp_path) == [{"step": 7}]
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with Tracker(tmp_path, RECIPE, FACTS) as tracker:
+        room, tracker._metrics = tracker._metrics, SimpleNamespace(write=full, flush=full, close=full)
+        train(tracker, 1, 20)
+        tracker._metrics = room
+        train(tracker, 21, 40)
+    said = [line for line in capfd.readouterr().out.splitlines() if "No space left" in line]
+    assert said == ["metrics cannot be written (No space left on device): training goes on, make room"]
+    assert written(tmp_path)[-1]["step"] == 40
 
 
 def test_a_page_that_breaks_is_left_with_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

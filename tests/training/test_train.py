@@ -93,10 +93,13 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(sample_corpus: Corpus, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
     run = tmp_path / "runs" / "run"
-    (run / "checkpoints" / "latest").write_text("step-3")
+    shutil.rmtree(run / "checkpoints" / "step-6")
     resumed = train(sample_corpus, tmp_path, "--resume", "tracking.wandb=disabled")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(run) == losses(finished / "runs" / "run")
+    [event] = [line for line in lines(run) if line.get("event") == "resumed"]
+    assert event["step"] == 3 and event["text"].endswith("from runs/run/checkpoints/step-3")
+    assert (run / "checkpoints" / "step-6" / "manifest.json").exists()
     assert (
         json.loads((run / "run.json").read_text())["wandb"]
         == json.loads((finished / "runs" / "run" / "run.json").read_text())["wandb"]
