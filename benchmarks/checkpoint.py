@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch.run import KEEP_FREED_MEMORY
 from tests.data_sample import build_sample
 from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     prepare_extensions()
+    os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY  # as ranks of `m6 train` have it
     print("| state on | MB a rank | memory copy | stall | stall / copy | file copy | save | copy / save | read back |")
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -114,10 +116,12 @@ def copy_files(parts: list[Any], folder: Path) -> float:
     forget(parts)
     dist.barrier()
     started = time.perf_counter()
-    for file in sorted(files):
-        shutil.copyfile(file, target)
-        with target.open("rb") as copied:
-            os.fsync(copied.fileno())
+    with target.open("wb") as copied:
+        for file in sorted(files):
+            with file.open("rb") as source:
+                shutil.copyfileobj(source, copied, 16 * 2**20)
+        copied.flush()
+        os.fsync(copied.fileno())
     seconds = time.perf_counter() - started
     target.unlink()
     dist.barrier()

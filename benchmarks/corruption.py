@@ -39,12 +39,12 @@ def main() -> None:
         missed_flips = sum(not noticed(copy, *flip) for flip in track(flips(copy, arguments), "flipped bits"))
         cuts = [(name, length) for name in files(copy) for length in lengths(copy / name)]
         missed_cuts = sum(not noticed_cut(copy, *cut) for cut in track(cuts, "truncations"))
-        alarms = sum(bool(checkpoint_files.problems(copy)) for _ in track(range(arguments.loads), "clean loads"))
+        alarms = sum(bool(checkpoint_files.problems(copy)) for _ in track(range(arguments.loads), "whole ones"))
     size = sum((path / name).stat().st_size for name in files(path))
     print(f"{path}: {len(files(path))} files, {size / 1e6:.1f} MB")
     print(f"flipped bits:  {arguments.flips} tried, {missed_flips} missed")
     print(f"truncations:   {len(cuts)} tried, {missed_cuts} missed")
-    print(f"clean loads:   {arguments.loads} tried, {alarms} false alarms")
+    print(f"whole ones:    verified {arguments.loads} times, as before each load, {alarms} false alarms")
     sys.exit(bool(missed_flips or missed_cuts or alarms))
 
 

@@ -90,7 +90,7 @@ def main() -> None:
         number = signal.Signals[f"SIG{arguments.signal}"]
         result = measure(folder, folder / "data", arguments.kills, arguments.seed, number, arguments.overrides)
     print("\n".join(rows(result)))
-    sys.exit(bool(result.code or result.differences))
+    sys.exit(bool(result.code or result.differences or len(result.kills) < arguments.kills))
 
 
 def measure(

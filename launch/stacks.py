@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from launch.processes import is_stopped
 from training.heartbeat import STACKS, read_stacks
 
 ANSWER_SECONDS = 2.0  # that the ranks may take to write their stacks
@@ -51,13 +52,15 @@ def _from_outside(pids: Mapping[int, int]) -> dict[int, str]:
     spy = Path(sys.executable).with_name("py-spy")
     if not spy.exists():
         return dict.fromkeys(pids, f"It did not answer, and could not be looked into: {spy} is missing.\n")
-    watching = {
-        rank: subprocess.Popen(
-            [spy, "dump", "--pid", str(pid)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank, pid in pids.items()
-    }
+    watching = {rank: _spy(spy, pid) for rank, pid in pids.items()}
     return {rank: f"It did not answer; py-spy says:\n{_output(process)}" for rank, process in watching.items()}
+
+
+def _spy(spy: Path, pid: int) -> subprocess.Popen[str]:
+    # It stops a process to read it consistently, and cannot stop one that was stopped.
+    already = ["--nonblocking"] if is_stopped(pid) else []
+    command = [str(spy), "dump", *already, "--pid", str(pid)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def _output(process: subprocess.Popen[str]) -> str:

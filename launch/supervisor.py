@@ -204,20 +204,23 @@ class Supervisor:
 
     def run(self, resume: bool) -> int:
         """The exit code to end with: 0 done, MISTAKE, LEFT, 1 given up, or 128 + the number of a second signal."""
-        failures, furthest = 0, 0
+        failures, early, furthest = 0, 0, 0
         with hearing(lambda _: None) as requests:
             while True:
-                end, step = self._attempt(resume, requests)
+                end, attempt = self._attempt(resume, requests)
                 if end.code is not None:
                     return self._finish(end)
-                failures, furthest = 1 if step > furthest else failures + 1, max(step, furthest)
+                failures = 1 if attempt.step > furthest else failures + 1
+                early = 0 if attempt.has_stepped else early + 1
+                furthest = max(attempt.step, furthest)
                 if failures > self.settings.restarts:
                     return self._give_up(failures)
-                if not self._pause(min(2.0 ** (failures - 1), LONGEST_DELAY), requests):
+                # What fails as it starts may want something that others hold; what has run starts again at once.
+                if not self._pause(min(2.0 ** max(early - 1, 0), LONGEST_DELAY), requests):
                     return self._finish(End(LEFT, "nothing was running"))
                 resume = (self.folder / RECIPE).exists()  # it may have ended before it had begun
 
-    def _attempt(self, resume: bool, requests: Sequence[int]) -> tuple[End, int]:
+    def _attempt(self, resume: bool, requests: Sequence[int]) -> tuple[End, Attempt]:
         with Ranks(self.start(resume), self.count) as ranks:
             attempt = Attempt(ranks, self.folder / RANKS, self.settings.grace)
             try:
@@ -229,7 +232,7 @@ class Supervisor:
             finally:
                 ranks.kill()
         clear_orphaned_locks(extension_root(), attempt.started)  # or the next attempt would wait for them for ever
-        return end, attempt.step
+        return end, attempt
 
     def _pause(self, seconds: float, requests: Sequence[int]) -> bool:
         """Let time pass; False if we are asked to leave meanwhile."""

@@ -55,7 +55,7 @@ class Heartbeat:
         self._phase: Phase = "starting"
         self._step = self._first_step = 0
         self._longest: dict[Phase, deque[float]] = {}  # times between two beats, of each of the last steps
-        self._gap = 0.0  # the longest of the step under way
+        self._gap: dict[Phase, float] = {}  # the longest of the step under way
         self._last = self._written = time.monotonic()
 
     def open(self, folder: Path, rank: int) -> None:
@@ -82,8 +82,8 @@ class Heartbeat:
         """Something was done: a micro-batch, or a batch of an evaluation; `step` steps are done."""
         self._count()
         if step != self._step or self._phase != "training":
-            self._longest.setdefault(self._phase, deque(maxlen=REMEMBERED)).append(self._gap)
-            self._step, self._gap = step, 0.0
+            self._longest.setdefault(self._phase, deque(maxlen=REMEMBERED)).append(self._gap.pop(self._phase))
+            self._step = step
         if self._last - self._written >= BEAT_SECONDS:
             self._write()
 
@@ -96,7 +96,8 @@ class Heartbeat:
     def _count(self) -> None:
         """The time since the last beat, which may have held an optimizer's step."""
         now = time.monotonic()
-        self._gap, self._last = max(self._gap, now - self._last), now
+        self._gap[self._phase] = max(self._gap.get(self._phase, 0.0), now - self._last)
+        self._last = now
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:

@@ -107,7 +107,7 @@ def test_a_stopped_rank_is_named_and_looked_into_from_outside(tmp_path: Path) ->
     code, lines = supervise(tmp_path, "stop")
     assert code == 0
     assert lines[0].startswith("m6: rank 1 stopped for 2 s, at step ")
-    assert "It did not answer; py-spy says:" in stacks(tmp_path)[1] and "stub_run.py" in stacks(tmp_path)[1]
+    assert "It did not answer; py-spy says:" in stacks(tmp_path)[1] and "misbehave (" in stacks(tmp_path)[1]
 
 
 def beat(phase: str, usual: float | None) -> Beat:
