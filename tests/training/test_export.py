@@ -185,6 +185,7 @@ from pathlib import Path
 import torch
 from launch.checkpoints import export_run
 from tests.model.samples import sample_batch
+from training.data.corpus import Corpus  # libraries are no export's memory
 from training.export import load_exported
 
 def status(key):
