@@ -125,6 +125,7 @@ class Saver:
         self, slices: dict[str, Slice], snapshot: Snapshot, manifest: dict[str, Any], started: float, stall: list[float]
     ) -> None:
         size, error, warning, written = 0, "", "", started
+        snapshot.await_turn()
         try:
             size, written, warning = self._write(slices, snapshot, manifest)
         except UserError as problem:

@@ -40,6 +40,11 @@ class Snapshot:
                 if not self._put(size, copy):
                     return
 
+    def await_turn(self) -> None:
+        """Wait until taking may begin. Whatever the taking side does before would slow the copying down too."""
+        with self._change:
+            self._change.wait_for(lambda: self._ended or self._begun)
+
     def take(self, size: int) -> Iterator[Tensor]:
         """The next chunks, `size` bytes in all; each is released when the next one is asked for."""
         while size:

@@ -185,7 +185,6 @@ from pathlib import Path
 import torch
 from launch.checkpoints import export_run
 from tests.model.samples import sample_batch
-from training.data.corpus import Corpus  # libraries are no export's memory
 from training.export import load_exported
 
 def status(key):
@@ -202,8 +201,9 @@ def say(**memory):
     model = load_exported(Path(sys.argv[2]), **memory)
     return model(sample_batch(model.config))["loss_B"]
 
+export_run(sys.argv[3])  # what libraries take once
 exported, _ = growth(lambda: export_run(sys.argv[1], target=Path(sys.argv[2]), dtype="fp32"))
-say(device_map={"": "disk"})  # what libraries take once
+say(device_map={"": "disk"})
 bounded, losses = growth(lambda: say(max_memory={"cpu": 90_000_000}))
 whole, expected = growth(say)
 print(json.dumps([exported, bounded, whole, torch.equal(losses, expected)]))
@@ -214,7 +214,9 @@ def test_memory_is_bounded_by_buffers_and_by_a_layer_not_by_the_model(sample_cor
     recipe = make_recipe(sample_corpus, layers=6, hidden=128, ffn=1024, experts=32)
     make_checkpoints(tmp_path / "checkpoints", recipe, sample_corpus, 1)
     size = 4 * recipe.model_shape().parameter_counts().total
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "export")]
+    small = tmp_path / "small"
+    make_checkpoints(small / "checkpoints", make_recipe(sample_corpus), sample_corpus, 1)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "export"), str(small)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     exported, bounded, whole, equal = json.loads(done.stdout.splitlines()[-1])
