@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 from training import checkpoint_files
 from training.data.corpus import Corpus
 from training.errors import UserError
-from training.run import lock_run
+from training.run import lock_run, read_settings
 from training.start import init_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,10 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
     assert steps[-1]["position"] == 6 * 16
     evaluations = [line for line in lines(run) if "loss/validation/caption" in line]
     assert [line["step"] for line in evaluations] == [0, 3, 6]
-    assert yaml.safe_load((run / "recipe.yaml").read_text())["model"]["preset"] == "m6-tiny"
+    recipe = read_settings(run)[0]
+    manifest = checkpoint_files.read_manifest(run / "checkpoints" / "step-6")
+    assert recipe.model["preset"] == "m6-tiny"
+    assert (manifest["recipe"], manifest["recipe_sha256"]) == (recipe.model_dump(mode="json"), recipe.sha256())
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(sample_corpus: Corpus, finished: Path, tmp_path: Path) -> None:
