@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from launch.processes import forwarding
 from training.errors import UserError
 from training.extensions import extension_root, prepare_extensions
@@ -30,6 +32,8 @@ class Operator:
 
 CPU_ADAM = Operator("cpu_adam", "CPUAdamBuilder", "the optimizer on the CPU", "about a minute")
 ASYNC_IO = Operator("async_io", "AsyncIOBuilder", "NVMe offload", "two to four minutes")
+
+COMPILER_BYTES = 2 * 10**9  # that compiling one file may take, and more
 
 # An exception, unlike the signal's own effect, makes PyTorch take its lock away.
 BUILD = """
@@ -70,12 +74,18 @@ def is_built(operator: Operator) -> bool:
     return str(Path(spec.origin).parent) in (folder / "build.ninja").read_text(encoding="utf-8")
 
 
+def _jobs() -> dict[str, str]:
+    """How many files ninja may compile at once: without memory for two it would take hours, or fail."""
+    return {"MAX_JOBS": "1"} if psutil.virtual_memory().available < 2 * COMPILER_BYTES else {}
+
+
 def build(operator: Operator, log: Path) -> None:
     """Compile one operator. Raises UserError that names the log of the compiler's messages.
 
     A signal that stops us ends all compilers, and then the program with the usual code.
     """
     environment = {
+        **_jobs(),
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # ninja is beside Python
         "DS_ACCELERATOR": "cuda" if on_gpu() else "cpu",

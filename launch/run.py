@@ -20,9 +20,10 @@ from launch.supervisor import Supervision, Supervisor
 from training import checkpoint_files
 from training.ds_config import DSConfig, default_path, resolve
 from training.errors import LEFT, MISTAKE, RESTARTABLE, UserError
+from training.heartbeat import read_beat
 from training.machine import usable_cores
 from training.recipe import Recipe, load_recipe
-from training.run import CHECKPOINTS, SWAP, open_run
+from training.run import CHECKPOINTS, RANKS, SWAP, open_run
 
 CPU_RANKS = 2  # so that expert parallelism is at work on any machine
 
@@ -92,7 +93,7 @@ def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False, supervisi
     if supervision:
         code = Supervisor(start, plan.folder, ranks, supervision).run(run.resume)
     else:
-        code = explain(*attend(start(run.resume), ranks))
+        code = explain(*attend(start(run.resume), ranks, plan.folder / RANKS))
     if code == 0:
         print(f"done: {plan.folder}; see it by: m6 report {run.name}")
     return code
@@ -231,17 +232,22 @@ def rank_environment(base: Mapping[str, str], ranks: int, on_gpu: bool) -> dict[
     return environment
 
 
-def attend(launcher: subprocess.Popen, ranks: int) -> tuple[int, int | None]:
-    """Wait for the launcher's end.
+def attend(launcher: subprocess.Popen, ranks: int, beats: Path) -> tuple[int, int | None]:
+    """Wait for the end of the launcher, and of ranks that are left to save. `beats`: the folder of their heartbeats.
 
-    Returns its exit code, or 128 + the number of a signal that stopped us before the ranks could save, and the rank
-    that failed first, if known.
+    Returns the launcher's exit code, or after a request LEFT, or 128 + the number of the signal that stopped us before
+    the ranks could save; and the rank that failed first, if known.
     """
     # Not to the launcher itself: it ends after the others, but would kill those that save for long.
     with forwarding(launcher, to_root=False) as received, Ranks(launcher, ranks) as started:
         failed = first_rank_to_fail(started)
         code = launcher.wait()
-    return 128 + received[0] if received and code not in (0, MISTAKE, LEFT) else code, failed
+        while received and started.running():
+            started.wait(0.5)  # a batch system has ended the launcher too
+        if received and code not in (0, MISTAKE, LEFT):
+            ends = [beat[0].code for rank in started.pids if (beat := read_beat(beats, rank))]
+            code = LEFT if ends == [LEFT] * ranks else 128 + received[0]
+    return code, failed
 
 
 def explain(code: int, failed: int | None) -> int:

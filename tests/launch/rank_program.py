@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from training.errors import LEFT
+from training.heartbeat import Heartbeat
+
 KEPT = ("RANK", "WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS", "GLIBC_TUNABLES", "PYTHONUNBUFFERED")
 
 
@@ -33,7 +36,17 @@ def main() -> None:
     if ending == "soon":
         time.sleep(2)
     if ending in ("killed", "wait"):
-        signal.signal(signal.SIGTERM, lambda *_: (folder / f"{rank}.saved").touch() or sys.exit(75))
+        heartbeat = Heartbeat()
+        heartbeat.open(folder / "beats", int(rank))
+
+        def save(*_: object) -> None:
+            time.sleep(0.5)
+            (folder / f"{rank}.saved").touch()
+            heartbeat.end(LEFT)
+            sys.exit(LEFT)
+
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, save)
         time.sleep(60)
 
 

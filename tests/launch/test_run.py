@@ -32,7 +32,8 @@ run = TrainingRun(Path("r.yaml"), ("a.b=1", folder, ending), "n")
 command = launcher_command(run, ranks, [])
 command[command.index("training.train")] = "tests.launch.rank_program"
 environment = rank_environment(os.environ, ranks, on_gpu=False)
-sys.exit(explain(*attend(subprocess.Popen(command, env=environment, start_new_session=True), ranks)))
+launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+sys.exit(explain(*attend(launcher, ranks, Path(folder, "beats"))))
 """
 
 
@@ -90,18 +91,25 @@ def test_hang_up_is_ignored_where_it_was(tmp_path):
     assert (process.returncode, output, errors) == (0, "", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_request_lets_the_ranks_save_and_ends_everything(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGINT, False), (signal.SIGUSR1, False), (signal.SIGTERM, True), (signal.SIGUSR1, True)],
+)
+def test_a_request_lets_the_ranks_save_and_ends_everything(tmp_path, number, to_all):
+    """`to_all`: also the launcher and the ranks, as systemd and some batch systems have it."""
     process = start(2, tmp_path, "wait")
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)  # until the ranks listen
-    process.send_signal(number)
+    launcher_and_ranks = psutil.Process(process.pid).children(recursive=True) if to_all else []
+    for each in (psutil.Process(process.pid), *launcher_and_ranks):
+        each.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (75, "", "")  # the ranks tell it
     assert len(list(tmp_path.glob("*.saved"))) == 2
-    assert not any(psutil.pid_exists(facts["pid"]) for facts in facts_of(tmp_path, 2))
+    pids = [facts["pid"] for facts in facts_of(tmp_path, 2)]
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
 
 
 def test_command_of_two_gpus(monkeypatch):
