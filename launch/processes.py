@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from training.errors import UserError
+
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 STOPPED = tuple(128 + number for number in HEARD)  # the exit codes of a program that a signal stopped
 ONE_REQUEST_SECONDS = 2.0  # in which a Ctrl-C that comes again is still the same
@@ -87,7 +89,9 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind:
+            self.kill()  # nobody would look after them
         for handle in self._watched.values():
             os.close(handle)
 
@@ -138,6 +142,11 @@ class Ranks:
             self._watched[rank] = os.pidfd_open(self.pids[rank])
         except ProcessLookupError:
             self._gone.append(rank)
+        except OSError as error:
+            reason = f"pidfd_open: {error.strerror}"
+            raise UserError(
+                f"the ranks cannot be watched ({reason}); it needs Linux 5.3, and a container's leave"
+            ) from None
 
 
 def first_rank_to_fail(ranks: Ranks) -> int | None:

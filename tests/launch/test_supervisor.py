@@ -3,6 +3,7 @@
 Real processes with real heartbeats; only the training itself is left out, but for the last test.
 """
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import pytest
 
 from launch import supervisor
 from launch.processes import Ranks
+from training.errors import UserError
 from training.heartbeat import Beat
 from training.tracking import write_json
 
@@ -212,3 +214,19 @@ def test_ranks_that_do_not_leave_are_killed(
         time.sleep(pause)
     assert said in process.communicate(timeout=60)[1] and process.returncode == code
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
+
+
+def test_where_ranks_cannot_be_watched_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under an old kernel, or in a container that forbids it."""
+
+    def refused(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    rank = "import subprocess, sys; subprocess.run(['sleep', '60'], env={'RANK': '0'})"
+    launcher = subprocess.Popen([sys.executable, "-c", rank], start_new_session=True)
+    refusal = pytest.raises(UserError, match=r"cannot be watched \(pidfd_open: Function not implemented\)")
+    with refusal, Ranks(launcher, 1) as ranks:
+        wait_for(lambda: ranks.wait(0.1))
+    assert launcher.poll() == -signal.SIGKILL
+    assert not psutil.pid_exists(ranks.pids[0]) or psutil.Process(ranks.pids[0]).status() == "zombie"
