@@ -23,7 +23,7 @@ from training.errors import LEFT, MISTAKE, RESTARTABLE, UserError
 from training.heartbeat import read_beat
 from training.machine import usable_cores
 from training.recipe import Recipe, load_recipe
-from training.run import CHECKPOINTS, RANKS, SWAP, open_run
+from training.run import CHECKPOINTS, RANKS, SWAP, lock_run, open_run
 
 CPU_RANKS = 2  # so that expert parallelism is at work on any machine
 
@@ -87,6 +87,8 @@ def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False, supervisi
         chosen = [*(["--ranks", str(asked)] if asked else []), *(supervision.options() if supervision else [])]
         print(f"nothing was started; to start it: {shlex.join(['m6', 'train', *chosen, *run.arguments()])}")
         return 0
+    if plan.folder.exists():
+        lock_run(plan.folder).close()  # told here, not by a rank that has taken long to start
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, ranks, on_gpu=gpus > 0)
     start = partial(start_ranks, run, ranks, gpu_numbers(gpus), environment)

@@ -153,12 +153,20 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{final}: not saved ({problem}); the checkpoints before it are whole") from None
         size = sum(facts["bytes"] for facts in files.values())
-        try:
-            on_first_rank(lambda: point_at(final), self._group)
-            on_first_rank(lambda: prune(self.folder, self.retention), self._group)
-        except UserError as problem:
-            return size, written, f"older checkpoints could not be removed ({problem})"
-        return size, written, ""
+        return size, written, self._tidy(final)
+
+    def _tidy(self, final: Path) -> str:
+        """What went wrong with all but the new checkpoint itself, `final`; "" if nothing did."""
+        problems = []
+        for action, said in (
+            (lambda: point_at(final), "`latest` could not be written"),
+            (lambda: prune(self.folder, self.retention), "older checkpoints could not be removed"),
+        ):
+            try:
+                on_first_rank(action, self._group)
+            except UserError as problem:
+                problems.append(f"{said} ({problem})")
+        return "; ".join(problems)
 
     def _write_own(
         self, folder: Path, slices: dict[str, Slice], snapshot: Snapshot

@@ -28,6 +28,7 @@ FORMAT = 2
 MANIFEST, LATEST = "manifest.json", "latest"
 SEAL = f"{MANIFEST}.xxh3"  # the manifest's own checksum
 FILE_NAME = re.compile(r"rank-[0-9]{5,}\.safetensors")
+NAME = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
 PIECE = 16 * 2**20  # bytes that are read and hashed at once
 
 
@@ -67,8 +68,7 @@ def point_at(path: Path) -> None:
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in `folder`, ascending; whole ones, though perhaps damaged since."""
-    names = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if NAME.fullmatch(path.name))
 
 
 def prune(folder: Path, retention: Retention) -> None:
@@ -89,7 +89,7 @@ def _remove(path: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         hidden = path.with_name(f".{path.name}.removed")
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        hidden.unlink() if hidden.is_symlink() else shutil.rmtree(hidden)
     except BlockingIOError:
         return  # somebody reads it: its turn comes at a later save
     finally:

@@ -24,7 +24,17 @@ from training.heartbeat import Heartbeat
 from training.meter import Meter, host_bytes
 from training.peak import matmul_flops
 from training.recipe import Recipe, parse_recipe
-from training.run import CHECKPOINTS, RANKS, SWAP, check_unchanged, lock_run, open_run, record_settings, tell_changes
+from training.run import (
+    CHECKPOINTS,
+    RANKS,
+    SWAP,
+    check_nothing_lost,
+    check_unchanged,
+    lock_run,
+    open_run,
+    record_settings,
+    tell_changes,
+)
 from training.safeguard import Safeguard, not_finite
 from training.schedule import learning_rate
 from training.stopping import StopRequest, StopRequested
@@ -67,6 +77,8 @@ class Training:
         found = checkpoint.newest(self.folder / CHECKPOINTS, self.heartbeat.get_on) if resume else None
         if found:
             self._check(found)
+        elif resume:
+            checkpoint.on_first_rank(lambda: check_nothing_lost(self.folder))
         dist.barrier()  # every rank has checked before one of them writes
         if self.rank == 0:
             tell_changes(self.folder, self.config)
@@ -151,7 +163,7 @@ class Training:
     def _finish_saving(self) -> None:
         self._tell_saved(last := self.saver.wait())
         if last and last.error:
-            raise UserError(last.error)
+            raise RestartableError(f"{last.error}; --resume goes on from step {self.saved_step or 0}")
 
     def _advance(self) -> bool:
         """Take one step; False if its loss was such that the run went back to a checkpoint instead."""

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,8 @@ from model.config import ModelConfig
 from training.ds_config import DSConfig
 from training.errors import UserError
 from training.files import replace
-from training.recipe import Recipe, nearest, parse_recipe, read_mapping, shown
+from training.recipe import Recipe, nearest, one_line, parse_recipe, read_mapping, shown
+from training.tracking import read_lines
 
 FOLDER = Path("runs")
 RECIPE, DS_CONFIG, CHECKPOINTS, SWAP, LOCK = "recipe.yaml", "ds_config.json", "checkpoints", "swap", ".lock"
@@ -97,7 +99,7 @@ def _begun(folder: Path) -> bool:
         return False
     names = [path.name for path in folder.iterdir()]
     left = {DS_CONFIG, INCIDENTS, f"{INCIDENTS}.jsonl"}
-    return not names or not all(name.startswith(".") or name in left for name in names)
+    return not all(name.startswith(".") or name in left for name in names)
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -107,13 +109,26 @@ def lock_run(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
+        lock = (folder / LOCK).open("a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}")
+        lock.flush()
     except BlockingIOError:
-        raise UserError(f"{folder}: another process is training there; wait for it, or choose another --name") from None
+        lock.seek(0)
+        holder = one_line(lock.read(80))
+        ways = "wait for it, have it save and leave by kill -TERM, or choose another --name"
+        raise UserError(f"{folder}: another process is training there ({holder}); {ways}") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
     return lock
+
+
+def check_nothing_lost(folder: Path) -> None:
+    """Refuse to begin a run again that had saved checkpoints, of which none is left. Raises UserError."""
+    if any(line.get("event") == "saved" for line in read_lines(folder / "metrics.jsonl")):
+        way = "bring them back, or choose another --name to begin again"
+        raise UserError(f"{folder / CHECKPOINTS}: no checkpoint there, and the run has saved some; {way}")
 
 
 def tell_changes(folder: Path, config: DSConfig) -> None:

@@ -6,6 +6,7 @@ deepspeed --num_accelerators 2 --no_local_rank --module training.train --recipe 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from training.recipe import load_recipe
 from training.start import init_distributed
 from training.stopping import StopRequested, answer
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 LAUNCHER_SECONDS = 5  # that a launcher may take to see that one of its ranks ended, and to end the others
 
 
@@ -63,11 +65,11 @@ def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:
             _say_once(f"stopped on request at step {training.step}, saved; go on with --resume")
         return code
     except UserError as error:
-        answer(signal.SIG_DFL)
-        if isinstance(error, RestartableError):
-            heartbeat.end(RESTARTABLE, str(error))
-        _tell(error, int(os.environ.get("RANK", 0)))
-        return RESTARTABLE if isinstance(error, RestartableError) else MISTAKE
+        return _refused(error, heartbeat)
+    except OSError as error:
+        if os.environ.get("M6_DEBUG") or error.errno not in NO_ROOM:
+            raise
+        return _refused(RestartableError(f"{error.filename}: {error.strerror}; make room, then --resume"), heartbeat)
     except RuntimeError as error:
         if os.environ.get("M6_DEBUG") or not _lost_peer(error):
             raise
@@ -75,6 +77,16 @@ def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:
         if not (training and training.stop.heard):  # or a launcher has just asked, which knows the rank that failed
             _tell_lost_peer(training.step if training else 0)
         return LOST_PEER
+
+
+def _refused(error: UserError, heartbeat: Heartbeat) -> int:
+    """Tell it, and the exit code for it."""
+    answer(signal.SIG_DFL)
+    code = RESTARTABLE if isinstance(error, RestartableError) else MISTAKE
+    if code == RESTARTABLE:
+        heartbeat.end(code, str(error))  # a supervisor need not wait for us to tell it
+    _tell(error, int(os.environ.get("RANK", 0)))
+    return code
 
 
 def _say_once(text: str) -> None:

@@ -240,6 +240,23 @@ def test_a_newer_format_is_refused(three: Path) -> None:
             read()
 
 
+def test_names_that_no_save_gives_are_passed_over_and_stay(three: Path) -> None:
+    for name in ("step-0050", "step-٣", "step-7b"):
+        (three / name).mkdir()
+    assert checkpoint_files.steps(three) == [1, 2, 3]
+    (outcome,) = save(Saver(three, Retention(1), 2**24), 4)
+    assert (outcome.error, outcome.warning) == ("", "") and checkpoint_files.steps(three) == [4]
+    assert (three / "step-0050").is_dir()
+
+
+def test_a_latest_that_cannot_be_written_keeps_nothing_from_being_pruned(three: Path) -> None:
+    (three / "latest").unlink()
+    (three / "latest").mkdir()
+    (outcome,) = save(Saver(three, Retention(1), 2**24), 4)
+    assert outcome.error == "" and outcome.warning.startswith("`latest` could not be written (")
+    assert checkpoint_files.steps(three) == [4]
+
+
 def test_a_folder_that_is_no_checkpoint_is_passed_over(three: Path) -> None:
     (three / "step-7").mkdir()
     (three / "step-7" / "notes.txt").write_text("mine")

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -84,6 +85,31 @@ def test_a_second_run_on_a_name_is_refused_and_changes_nothing(started, root):
     with pytest.raises(UserError, match=r"first exists: choose another --name, or --resume"):
         open_run("first", recipe(), resume=False, root=root)
     assert contents(root) == before
+
+
+def test_an_empty_folder_is_no_run(root):
+    """As a mount point is made beforehand."""
+    (root / "empty").mkdir(parents=True)
+    assert open_run("empty", recipe(), resume=False, root=root) == root / "empty"
+
+
+def test_who_holds_a_run_is_told(root):
+    told = rf"held: another process is training there \({os.getpid()} on .*kill -TERM"
+    with lock_run(root / "held"), pytest.raises(UserError, match=told):
+        lock_run(root / "held")
+    lock_run(root / "held").close()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(root):
+    (root / "lost").mkdir(parents=True)
+    metrics = root / "lost" / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    run.check_nothing_lost(root / "lost")
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "event": "saved", "text": ""}\n')
+    with pytest.raises(
+        UserError, match="lost/checkpoints: no checkpoint there, and the run has saved some; bring them"
+    ):
+        run.check_nothing_lost(root / "lost")
 
 
 def test_resume_needs_a_run(root):
