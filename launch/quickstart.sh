@@ -11,15 +11,17 @@ phase() {
     shift
     printf '\n== %s\n' "$name"
     "$@"
-    times+=("$(printf '%-8s %3d min %02d s' "$name" $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60)))")
+    times+=("$(took "$name" $((SECONDS - begin)))")
 }
+
+took() { printf '%-8s %3d min %02d s' "$1" $(($2 / 60)) $(($2 % 60)); }
 
 phase setup bash launch/setup.sh
 m6=".venv/bin/m6"
 phase data "$m6" data fetch
 
 resume=()
-if [ -d "runs/$run" ]; then
+if [ -e "runs/$run/recipe.yaml" ]; then
     printf '\nruns/%s exists: going on with it (remove that folder to start over)\n' "$run"
     resume=(--resume)
 fi
@@ -27,4 +29,4 @@ phase train "$m6" train --recipe launch/recipes/quickstart.yaml --name "$run" "$
 phase report "$m6" report "$run"
 
 printf '\n'
-printf '%s\n' "${times[@]}"
+printf '%s\n' "${times[@]}" "$(took total $SECONDS)"

@@ -190,6 +190,9 @@ def load_exported(
     That rest stays in the export's own files, which must remain there, and is read whenever it is used, a layer's
     experts at once. Raises UserError for a folder that is no export, or whose files are not what it says.
     """
+    gpus = torch.cuda.device_count()
+    if away := [device for device in max_memory or () if isinstance(device, int) and device >= gpus]:
+        raise UserError(f"max_memory: there is no GPU {away[0]} here, but {gpus}; leave it out")
     description = _description(folder)
     model = _without_values(description.model, description.dtype)
     weights: dict[str, Tensor] = dict(model.named_parameters())

@@ -101,8 +101,9 @@ class Training:
         )
         if found:
             self._tell_refused(found)
-            left = "" if self.step < recipe.steps else "; nothing is left to do, unless steps is raised"
-            self._tell("resumed", f"of {recipe.steps}, from {found.path}{left}")
+            left = max(recipe.steps - self.step, 0)
+            rest = f"{left:,} steps are left" if left else "nothing is left to do, unless steps is raised"
+            self._tell("resumed", f"{rest}, from {found.path}")
         self.stop.begin()
         self.engine.before_batch = self._before_batch
         self.heartbeat.begin(self.step)
@@ -230,7 +231,7 @@ class Training:
 
     def _tell_refused(self, found: checkpoint.Found) -> None:
         for line in found.refused:
-            self._tell("refused a checkpoint", line)
+            self._tell("refused a checkpoint", f"{line}; it is kept aside until training has come as far again")
 
     def _tell(self, kind: str, text: str) -> None:
         if self.tracker:

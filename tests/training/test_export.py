@@ -234,6 +234,12 @@ def exported(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "fp32"
 
 
+def test_a_gpu_that_is_not_there_is_told(exported: Path) -> None:
+    gpus = torch.cuda.device_count()
+    with pytest.raises(UserError, match=rf"max_memory: there is no GPU {gpus} here, but {gpus}; leave it out"):
+        load_exported(exported, max_memory={gpus: "20GB", "cpu": "60GB"})
+
+
 def test_dense_shared_and_pixel_models_too(sample_corpus: Corpus, tmp_path: Path) -> None:
     for number, changes in enumerate(({"experts": 0, "k": 1}, {"share_layers": True, "gated_experts": True})):
         pixels = {"image_input": "pixels", "image_channels": 48, "image_patches": 4}

@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(sample_corpus: Corpus, f
     assert resumed.returncode == 0, resumed.stderr
     assert losses(run) == losses(finished / "runs" / "run")
     [event] = [line for line in lines(run) if line.get("event") == "resumed"]
-    assert event["step"] == 3 and event["text"].endswith("from runs/run/checkpoints/step-3")
+    assert event["step"] == 3 and event["text"] == "3 steps are left, from runs/run/checkpoints/step-3"
     assert (run / "checkpoints" / "step-6" / "manifest.json").exists()
     assert (
         json.loads((run / "run.json").read_text())["wandb"]
