@@ -116,6 +116,7 @@ def test_resume_needs_a_run(root):
     with pytest.raises(UserError, match="none: no such run to resume"):
         open_run("none", recipe(), resume=True, root=root)
     (root / "other").mkdir(parents=True)
+    (root / "other" / "notes.txt").touch()
     with pytest.raises(UserError, match="no run there"):
         open_run("other", recipe(), resume=True, root=root)
 
