@@ -113,7 +113,7 @@ def test_a_stopped_rank_is_named_and_looked_into_from_outside(tmp_path: Path) ->
 
 
 def beat(phase: str, usual: float | None) -> Beat:
-    return Beat(1, "host", 0.0, 0.0, phase, 9, 0, usual)  # type: ignore[arg-type]
+    return Beat(1, "host", 0.0, 0.0, phase, 9, 0, usual)
 
 
 @pytest.mark.parametrize(

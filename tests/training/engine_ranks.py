@@ -149,7 +149,7 @@ def go_on(
     positions: list[int] = []
     order = rank.batches.order
     row = order.row
-    order.row = lambda position: (positions.append(position), row(position))[1]  # type: ignore[method-assign]
+    order.row = lambda position: (positions.append(position), row(position))[1]
     rank.train(first, last)
     saver = checkpoint.Saver(folder, checkpoint_files.Retention(1), 2**30)
     saver.save(states.parts(rank.engine), last, {"adam_step": states.adam_step(rank.engine)})

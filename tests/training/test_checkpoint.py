@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.marks import NVME
 from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
 from training.checkpoint_files import LATEST, MANIFEST, SEAL
@@ -13,7 +14,6 @@ from training.errors import UserError
 from training.machine import has_libaio
 
 STEP, LAST = 4, 8
-NVME = pytest.mark.skipif(not has_libaio(), reason="libaio's headers are not installed: no NVMe offload")
 
 
 @pytest.fixture(scope="module")

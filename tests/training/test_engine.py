@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.marks import NVME
 from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
 from training.data.corpus import Corpus
-from training.machine import has_libaio
 
 # fp32: summation order alone differs, seen up to 3e-8. bf16: see benchmarks/parity.md.
 TOLERANCE = 1e-5
@@ -51,7 +51,7 @@ def test_losses_fall_and_clipping_is_active(trained: Any) -> None:
     assert min(norms) > ranks.RECIPE["optimizer"]["clip"]
 
 
-@pytest.mark.skipif(not has_libaio(), reason="libaio's headers are not installed: no NVMe offload")
+@NVME
 def test_cpu_and_nvme_agree_to_the_bit(trained: Any) -> None:
     assert trained(2, ranks.CPU, 2, wide=True) == trained(2, ranks.NVME, 2, wide=True)
 

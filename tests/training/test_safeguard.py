@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 
+from tests.marks import NVME
 from tests.ranks import run_ranks
 from tests.training import bad_steps
 from tests.training import engine_ranks as ranks
 from training.data.corpus import Corpus
 from training.errors import UserError
-from training.machine import has_libaio
 from training.recipe import Spike
 from training.safeguard import Safeguard
 
 pytestmark = pytest.mark.timeout(300)
-NVME = pytest.mark.skipif(not has_libaio(), reason="libaio's headers are not installed: no NVMe offload")
 RULE = Spike(factor=2, window=3, after=4)
 
 RUN = [

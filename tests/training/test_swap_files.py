@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from tests.marks import NVME
 from tests.ranks import run_ranks
 from tests.training.test_train import ROOT, SMALL
 from training.data.corpus import Corpus
 from training.errors import UserError
-from training.machine import has_libaio
 from training.start import init_distributed
 
-pytestmark = pytest.mark.skipif(not has_libaio(), reason="libaio's headers are not installed: no NVMe offload")
+pytestmark = NVME
 
 # Experts are wide enough for DeepSpeed to swap their weights: it leaves what is under 1 MiB on a rank in memory.
 SETTINGS = [
