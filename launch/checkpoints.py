@@ -18,7 +18,6 @@ from training.errors import UserError
 from training.recipe import parse_recipe
 from training.run import CHECKPOINTS, FOLDER
 
-NAME = re.compile(r"step-[0-9]+")
 POINTER = re.compile(r"(step-[0-9]+) ([0-9a-f]{32})")
 EXPORTS = "exports"
 
@@ -96,7 +95,7 @@ def _place(run: str) -> Path:
 
 def _chosen(place: Path, step: int | None) -> list[Path]:
     """The checkpoints that are meant, by steps."""
-    if NAME.fullmatch(place.absolute().name):
+    if checkpoint_files.NAME.fullmatch(place.absolute().name):
         return [place]
     steps = checkpoint_files.steps(place)
     if not steps:

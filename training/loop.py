@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -39,8 +39,6 @@ from training.safeguard import Safeguard, not_finite
 from training.schedule import learning_rate
 from training.stopping import StopRequest, StopRequested
 from training.tracking import Tracker
-
-T = TypeVar("T")
 
 
 class Training:
@@ -123,7 +121,7 @@ class Training:
 
     def _check_swap(self) -> None:
         if damage := states.swap_damage(self.engine):
-            raise RestartableError(f"{damage}: NVMe offload needs it; go on from the last save by --resume") from None
+            raise RestartableError(f"{damage}: NVMe offload needs it; go on from the last save by --resume")
 
     def _before_batch(self) -> None:
         self.heartbeat.beat(self.step)
