@@ -1,6 +1,7 @@
 """Multi-head attention over [image][source][target], steered by the mask alone.
 
-Shape suffixes: B rows, N positions of a row, Q queries, K keys, D hidden size, H heads, d head size.
+Shape suffixes: B rows, N positions of a row, T packed positions, Q queries, K keys, D hidden size, H heads,
+d head size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.initialise import Linear
+from model.packing import Packing
 
 
 def attention_mask(source_BN: Tensor, valid_BN: Tensor) -> Tensor:
@@ -35,10 +37,9 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden, 3 * config.hidden, config.init_std, *key, "qkv")
         self.out = Linear(config.hidden, config.hidden, config.init_std, *key, "out")
 
-    def forward(self, x_BND: Tensor, mask_B1NN: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        b, n, d = x_BND.shape
-        qkv_3BHNd = self.qkv(x_BND).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q_BHNd, k_BHNd, v_BHNd = qkv_3BHNd.unbind(0)
+    def forward(self, x_TD: Tensor, mask_B1NN: Tensor, packing: Packing) -> Tensor:
+        """[T, D] -> [T, D]: packed but for the attention itself, whose rows have one length."""
+        qkv_BN3Hd = packing.unpack(self.qkv(x_TD)).unflatten(-1, (3, self.heads, -1))
+        q_BHNd, k_BHNd, v_BHNd = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)
         y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask_B1NN)
-        return self.out(y_BHNd.transpose(1, 2).reshape(b, n, d))
+        return self.out(packing.pack(y_BHNd.transpose(1, 2).flatten(2)))

@@ -1,10 +1,11 @@
 """The experts that live on this rank.
 
-Shape suffixes: E experts of this rank, C places in each expert's buffer, D hidden size, F feed-forward size.
+Shape suffixes: E experts of this rank, R rows of all of them, D hidden size, F feed-forward size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.config import ModelConfig
+from model.grouped import grouped_linear
 from model.initialise import fill_normal
 
 
@@ -69,12 +71,12 @@ class LocalExperts(nn.Module):
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_process_group = parallel.data_group
 
-    def forward(self, x_ECD: Tensor) -> Tensor:
-        """[E, C, D] -> [E, C, D]."""
-        inner_ECF = torch.baddbmm(self.b1_EF[:, None], x_ECD, self.w1_EDF)
+    def forward(self, x_RD: Tensor, sizes: Sequence[int]) -> Tensor:
+        """[R, D] -> [R, D]: rows sorted by expert, `sizes[e]` of them for this rank's expert e."""
+        inner_RF = grouped_linear(x_RD, self.w1_EDF, self.b1_EF, sizes)
         if self.gated:
-            gate_ECF, up_ECF = inner_ECF.chunk(2, -1)
-            inner_ECF = nn.functional.silu(gate_ECF) * up_ECF
+            gate_RF, up_RF = inner_RF.chunk(2, -1)
+            inner_RF = nn.functional.silu(gate_RF) * up_RF
         else:
-            inner_ECF = nn.functional.gelu(inner_ECF)
-        return torch.baddbmm(self.b2_ED[:, None], inner_ECF, self.w2_EFD)
+            inner_RF = nn.functional.gelu(inner_RF)
+        return grouped_linear(inner_RF, self.w2_EFD, self.b2_ED, sizes)

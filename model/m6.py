@@ -4,8 +4,8 @@ The attention mask alone decides the task: a source position sees all of the sou
 of the source and the targets up to itself; the loss is on the targets. Image codes are further vocabulary
 entries, so drawing is writing.
 
-Shape suffixes: B rows, T text positions, P image patches, N = P + T, D hidden size, C channels of a patch,
-S selected (target) positions, V vocabulary, L layers, M modalities, E experts.
+Shape suffixes: B rows, T text positions, P image patches, N = P + T, R packed positions, D hidden size, C channels of
+a patch, S selected (target) positions, V vocabulary, L layers, M modalities, E experts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import Attention, attention_mask
 from model.config import ModelConfig
 from model.experts import ExpertParallel
+from model.grouped import few_sizes
 from model.initialise import Linear, Table, fill_normal
 from model.moe import MoELayer
+from model.packing import Packing
 from model.vision import PatchEmbedding
 
 IGNORE = -100  # label of a position without loss
 IMAGE, SOURCE, TARGET = range(3)  # segments
-# Target positions are padded to this many before the head: on CPU each new GEMM shape is compiled anew (oneDNN).
-TARGETS_MULTIPLE = 64
 
 
 class Vocabulary(nn.Module):
@@ -76,16 +76,16 @@ class Layer(nn.Module):
         self.sparse = config.experts > 0
 
     def forward(
-        self, x_BND: Tensor, mask_B1NN: Tensor, valid_BN: Tensor, image_BN: Tensor
+        self, x_RD: Tensor, mask_B1NN: Tensor, image_R: Tensor, packing: Packing
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [B, N, D], auxiliary loss, routing counts [M, 2, E]."""
-        x_BND = x_BND + self.attention(self.attention_norm(x_BND), mask_B1NN)
-        normed_BND = self.feed_forward_norm(x_BND)
+        """Hidden states [R, D], auxiliary loss, routing counts [M, 2, E]."""
+        x_RD = x_RD + self.attention(self.attention_norm(x_RD), mask_B1NN, packing)
+        normed_RD = self.feed_forward_norm(x_RD)
         if not self.sparse:
-            no_counts = valid_BN.new_zeros(2, 2, 0, dtype=torch.int64)
-            return x_BND + self.feed_forward(normed_BND), x_BND.new_zeros(()), no_counts
-        y_ND, auxiliary, counts = self.moe(normed_BND.flatten(0, 1), valid_BN.reshape(-1), image_BN.reshape(-1))
-        return x_BND + y_ND.view_as(x_BND), auxiliary, counts
+            no_counts = image_R.new_zeros(2, 2, 0, dtype=torch.int64)
+            return x_RD + self.feed_forward(normed_RD), x_RD.new_zeros(()), no_counts
+        y_RD, auxiliary, counts = self.moe(normed_RD, packing.valid_T, image_R)
+        return x_RD + y_RD, auxiliary, counts
 
 
 class M6(nn.Module):
@@ -107,7 +107,7 @@ class M6(nn.Module):
     def hidden_states(
         self, tokens_BT: Tensor, source_B: Tensor, length_B: Tensor, image_BPC: Tensor, has_image_B: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The trunk: hidden states [B, N, D], auxiliary loss, routing counts [L, M, 2, E], valid [B, N].
+        """The trunk: hidden states [B, N, D] (padding zero), auxiliary loss, routing counts [L, M, 2, E], valid [B, N].
 
         tokens_BT: text ids, source then target, padded; source_B: source positions of each row; length_B: text
         positions of each row; image_BPC: patch features, of any finite value where has_image_B is False.
@@ -122,12 +122,14 @@ class M6(nn.Module):
         x_BND = torch.cat((image_BPD, text_BTD), 1)
         image_BN, source_BN, valid_BN = self._regions(source_BT, place_T < length_B[:, None], has_image_B)
         mask_B1NN = attention_mask(source_BN, valid_BN)
-        auxiliary, counts = x_BND.new_zeros((), dtype=torch.float32), []
+        packing = Packing.of(valid_BN, like=x_BND)
+        x_RD, image_R = packing.pack(x_BND), packing.pack_flags(image_BN)
+        auxiliary, counts = x_RD.new_zeros((), dtype=torch.float32), []
         for number in range(self.config.layers):
-            x_BND, extra, count = self._call_layer(number, x_BND, mask_B1NN, valid_BN, image_BN)
+            x_RD, extra, count = self._call_layer(number, x_RD, mask_B1NN, image_R, packing)
             auxiliary = auxiliary + extra
             counts.append(count)
-        return self.norm(x_BND), auxiliary, torch.stack(counts), valid_BN
+        return packing.unpack(self.norm(x_RD)), auxiliary, torch.stack(counts), valid_BN
 
     def _regions(self, source_BT: Tensor, text_BT: Tensor, has_image_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image, source and valid positions, each [B, N] bool."""
@@ -136,7 +138,7 @@ class M6(nn.Module):
         image_BN = torch.cat((~nowhere_BP, torch.zeros_like(text_BT)), 1)
         return image_BN, torch.cat((has_BP, source_BT), 1), torch.cat((has_BP, text_BT), 1)
 
-    def _call_layer(self, number: int, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _call_layer(self, number: int, *inputs: Tensor | Packing) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.layers[0 if self.config.share_layers else number]
         if self.recompute and torch.is_grad_enabled():
             # Not reentrant: with a shared layer the reentrant form keeps only one use's gradient under ZeRO-3.
@@ -176,6 +178,6 @@ class M6(nn.Module):
 
     def _cross_entropy(self, x_SD: Tensor, label_S: Tensor) -> Tensor:
         """Cross entropy of each target [S], in fp32."""
-        short = -len(x_SD) % TARGETS_MULTIPLE or (0 if len(x_SD) else TARGETS_MULTIPLE)
+        short = few_sizes(max(len(x_SD), 1), x_SD) - len(x_SD)
         logits_SV = self.logits(F.pad(x_SD, (0, 0, 0, short))).float()
         return F.cross_entropy(logits_SV, F.pad(label_S, (0, short)), reduction="none")[: len(x_SD)]

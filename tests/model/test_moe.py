@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.experts import ExpertParallel
-from model.moe import PLACES_MULTIPLE, MoELayer, MoveRows, expert_places
+from model.moe import MoELayer, block_places
+from model.rows import MoveRows, SumRows
 from tests.model import reference
 from tests.model.samples import TINY, randomise_biases
 
@@ -134,6 +135,9 @@ def test_move_rows_has_the_gradient_of_what_it_does(kept):
     assert torch.equal(back_SD, expected)
     if kept:
         assert torch.autograd.gradcheck(lambda y: MoveRows.apply(y, place_S, slot_A[None]), y_AD)
+    # And added up: both wishes of a row together.
+    assert torch.equal(SumRows.apply(y_AD, inverse_KS, index_A), expected[:4] + expected[4:])
+    assert torch.autograd.gradcheck(lambda y: SumRows.apply(y, inverse_KS, index_A), y_AD)
 
 
 @pytest.mark.parametrize(
@@ -141,11 +145,11 @@ def test_move_rows_has_the_gradient_of_what_it_does(kept):
     [[[0, 0]], [[3, 0, 40]], [[1, 2], [0, 5], [4, 0]], [[0, 0], [33, 1]]],
 )
 def test_rows_from_all_ranks_get_places_of_their_own(counts: list[list[int]]):
-    place_R, places = expert_places(torch.tensor(counts))
-    expected, taken = [], [0] * len(counts[0])
+    sizes = [max(sum(column), 1) + 2 * expert for expert, column in enumerate(zip(*counts, strict=True))]
+    place_R = block_places(torch.tensor(counts), sizes)
+    expected, taken = [], [0] * len(sizes)
     for row in counts:  # rows arrive ordered by rank, then expert; an expert's places fill up in that order
         for expert, count in enumerate(row):
-            expected += [(expert, taken[expert] + i) for i in range(count)]
+            expected += [sum(sizes[:expert]) + taken[expert] + i for i in range(count)]
             taken[expert] += count
-    assert place_R.tolist() == [expert * places + place for expert, place in expected]
-    assert places % PLACES_MULTIPLE == 0 and max(taken) <= places < max(max(taken), 1) + PLACES_MULTIPLE
+    assert place_R.tolist() == expected

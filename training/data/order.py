@@ -7,7 +7,7 @@ position is seen exactly once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,12 +20,12 @@ ROUNDS = 4  # of the Feistel network: enough to mix well (Luby and Rackoff 1988)
 class GlobalOrder:
     """Rows of several tasks in one endless order; each step of `batch` rows has the same share of each task.
 
-    Within a step the tasks stand one after the other, short rows first, so that a micro-batch holds rows of one
-    shape. Each task goes through its pool in an order of its own, a new one each epoch.
+    Within a step each task's rows are spread evenly, so that every rank's micro-batch has about the same work. Each
+    task goes through its pool in an order of its own, a new one each epoch.
     """
 
     def __init__(self, tasks: Sequence[Task], weights: Mapping[str, float], batch: int, text_positions: int, seed: int):
-        self.tasks = sorted(tasks, key=lambda task: (task.limit(text_positions), task.name))
+        self.tasks = sorted(tasks, key=lambda task: task.name)
         for task in self.tasks:
             if not len(task.pool):
                 raise UserError(
@@ -33,26 +33,30 @@ class GlobalOrder:
                 )
         self.batch, self.text_positions, self.seed = batch, text_positions, seed
         self.counts = allot({task.name: weights[task.name] for task in self.tasks}, batch)
-        self._ends = np.cumsum([self.counts[task.name] for task in self.tasks])
+        # Of each place in a step: its task, and which of that task's rows it is.
+        self._places = [(task, turn) for _, task, turn in sorted(self._turns(), key=lambda turn: turn[0])]
+
+    def _turns(self) -> Iterator[tuple[float, Task, int]]:
+        """Each row of a step: how far into the step it wants to stand, from 0 to 1, its task and its turn in it."""
+        for task in self.tasks:
+            count = self.counts[task.name]
+            for turn in range(count):
+                yield (turn + 0.5) / count, task, turn
 
     def task_at(self, position: int) -> Task:
-        return self.tasks[self._index(position % self.batch)]
+        return self._places[position % self.batch][0]
 
     def row(self, position: int) -> Row:
         step, place = divmod(position, self.batch)
-        index = self._index(place)
-        task, count = self.tasks[index], self.counts[self.tasks[index].name]
-        epoch, draw = divmod(step * count + place - (int(self._ends[index]) - count), len(task.pool))
+        task, turn = self._places[place]
+        epoch, draw = divmod(step * self.counts[task.name] + turn, len(task.pool))
         item = int(task.pool[shuffled(draw, len(task.pool), (self.seed, task.name, epoch))])
         return task.row(item, task.limit(self.text_positions), random_at(self.seed, position))
 
     def width(self, start: int, stop: int) -> int:
         """Text positions that the rows of [start, stop), within one step, need at the most."""
-        first, last = self._index(start % self.batch), self._index((stop - 1) % self.batch)
-        return max(task.limit(self.text_positions) for task in self.tasks[first : last + 1])
-
-    def _index(self, place: int) -> int:
-        return int(np.searchsorted(self._ends, place, side="right"))
+        places = self._places[start % self.batch : (stop - 1) % self.batch + 1]
+        return max(task.limit(self.text_positions) for task, _ in places)
 
 
 def random_at(seed: int, position: int) -> np.random.Generator:
