@@ -82,7 +82,7 @@ def _parts() -> Iterator[tuple[Any, str, str]]:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
 
-    from model import moe, routing
+    from model import grouped, moe, routing, rows
     from model.experts import LocalExperts
     from model.m6 import M6
     from training.engine import Engine
@@ -92,8 +92,10 @@ def _parts() -> Iterator[tuple[Any, str, str]]:
     yield M6, "_cross_entropy", "head"
     yield routing.Router, "forward", "router"
     yield moe.MoELayer, "forward", "dispatch"
-    yield moe.MoveRows, "backward", "dispatch"
+    yield rows.MoveRows, "backward", "dispatch"
+    yield rows.SumRows, "backward", "dispatch"
     yield LocalExperts, "forward", "experts"
+    yield grouped._Blockwise, "backward", "experts"
     yield moe, "_exchange", "all-to-all"
     yield moe.MoELayer, "_exchange_counts", "all-to-all"
     yield DeepSpeedEngine, "backward", "backward"
