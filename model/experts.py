@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.config import ModelConfig
-from model.grouped import grouped_linear
+from model.grouped import expert_mlp
 from model.initialise import fill_normal
 
 
@@ -73,10 +73,4 @@ class LocalExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, sizes: Sequence[int]) -> Tensor:
         """[R, D] -> [R, D]: rows sorted by expert, `sizes[e]` of them for this rank's expert e."""
-        inner_RF = grouped_linear(x_RD, self.w1_EDF, self.b1_EF, sizes)
-        if self.gated:
-            gate_RF, up_RF = inner_RF.chunk(2, -1)
-            inner_RF = nn.functional.silu(gate_RF) * up_RF
-        else:
-            inner_RF = nn.functional.gelu(inner_RF)
-        return grouped_linear(inner_RF, self.w2_EFD, self.b2_ED, sizes)
+        return expert_mlp(x_RD, self.w1_EDF, self.b1_EF, self.w2_EFD, self.b2_ED, self.gated, sizes)

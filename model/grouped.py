@@ -1,6 +1,7 @@
-"""Products of many experts at once: rows sorted by expert, each block of rows times its own expert's matrix.
+"""Many experts at once: rows sorted by expert, each block of rows through its own expert's two matrices.
 
-Shape suffixes: E experts, R rows of all blocks, I inputs, O outputs.
+Shape suffixes: E experts, R rows of all blocks, B rows of one block, D hidden size, F feed-forward size, I columns of
+the first matrix: F, or 2 F where a gate stands beside its input.
 """
 
 from __future__ import annotations
@@ -25,52 +26,127 @@ def few_sizes(size: int, like: Tensor) -> int:
     """
     if like.device.type != "cpu":
         return -(-size // DEVICE_MULTIPLE) * DEVICE_MULTIPLE
-    if like.dtype.itemsize > 2:  # those products are MKL's, which compiles nothing
+    if _multiplied_in_fp32(like):
         return size
     step = max(2 ** (size - 1).bit_length() // 2 // SIZES_AN_OCTAVE, LEAST_SIZE)
     return -(-size // step) * step
 
 
-def grouped_linear(x_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, sizes: Sequence[int]) -> Tensor:
-    """[R, O]: the first sizes[0] rows through expert 0, the next sizes[1] through expert 1, and so on."""
-    if x_RI.device.type == "cpu":
-        return _Blockwise.apply(x_RI, weight_EIO, bias_EO, sizes)
-    size_E = torch.tensor(sizes, device=x_RI.device)
-    expert_R = torch.repeat_interleave(size_E, output_size=len(x_RI))
-    # The bias by a product, whose gradient is a sum in a fixed order.
-    bias_RO = F.one_hot(expert_R, len(sizes)).to(bias_EO.dtype) @ bias_EO
-    return F.grouped_mm(x_RI, weight_EIO, offs=size_E.cumsum(0).int()) + bias_RO
+def expert_mlp(
+    x_RD: Tensor,
+    w1_EDI: Tensor,
+    b1_EI: Tensor,
+    w2_EFD: Tensor,
+    b2_ED: Tensor,
+    gated: bool,
+    sizes: Sequence[int],
+) -> Tensor:
+    """[R, D]: the first sizes[0] rows through expert 0, the next sizes[1] through expert 1, and so on."""
+    if x_RD.device.type == "cpu":
+        return _ExpertByExpert.apply(x_RD, w1_EDI, b1_EI, w2_EFD, b2_ED, gated, sizes)
+    return all_experts_at_once(x_RD, w1_EDI, b1_EI, w2_EFD, b2_ED, gated, sizes)
 
 
-class _Blockwise(torch.autograd.Function):
-    """One product a block, written where it belongs: no padding to the largest block, and no gradient added up.
+def all_experts_at_once(
+    x_RD: Tensor,
+    w1_EDI: Tensor,
+    b1_EI: Tensor,
+    w2_EFD: Tensor,
+    b2_ED: Tensor,
+    gated: bool,
+    sizes: Sequence[int],
+) -> Tensor:
+    """`expert_mlp` by torch's grouped products, as GPUs like it."""
+    size_E = torch.tensor(sizes, device=x_RD.device)
+    end_E = size_E.cumsum(0).int()
+    # Biases by a product, whose gradient is a sum in a fixed order.
+    own_RE = F.one_hot(torch.repeat_interleave(size_E, output_size=len(x_RD)), len(sizes)).to(x_RD.dtype)
+    inner_RI = F.grouped_mm(x_RD, w1_EDI, offs=end_E) + own_RE @ b1_EI
+    return F.grouped_mm(_activate(inner_RI, gated), w2_EFD, offs=end_E) + own_RE @ b2_ED
 
-    The weights are indexed in here, not by autograd, which would write a gradient of their full size for each expert.
+
+class _ExpertByExpert(torch.autograd.Function):
+    """`expert_mlp` on CPU: all of one expert's work before the next, so that its rows stay in the cache.
+
+    Blocks are not padded to the largest, and each weight's gradient is written once, where it belongs: indexing weights
+    before autograd's eyes would write a gradient of all experts for each of them.
     """
 
     @staticmethod
-    def forward(ctx, x_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, sizes: Sequence[int]) -> Tensor:
-        ctx.save_for_backward(x_RI, weight_EIO)
-        ctx.sizes = sizes
-        y_RO = x_RI.new_empty(len(x_RI), weight_EIO.shape[2])
+    def forward(
+        ctx,
+        x_RD: Tensor,
+        w1_EDI: Tensor,
+        b1_EI: Tensor,
+        w2_EFD: Tensor,
+        b2_ED: Tensor,
+        gated: bool,
+        sizes: Sequence[int],
+    ) -> Tensor:
+        inner_RI, y_RD = x_RD.new_empty(len(x_RD), w1_EDI.shape[2]), torch.empty_like(x_RD)
         for expert, rows in _blocks(sizes):
-            torch.addmm(bias_EO[expert], x_RI[rows], weight_EIO[expert], out=y_RO[rows])
-        return y_RO
+            inner_BI = _multiply(x_RD[rows], w1_EDI[expert], inner_RI[rows]).add_(b1_EI[expert])
+            _multiply(_activate(inner_BI, gated), w2_EFD[expert], y_RD[rows]).add_(b2_ED[expert])
+        # The parameters themselves, not views: ZeRO-3 gives them their values anew before backward.
+        ctx.save_for_backward(x_RD, inner_RI, w1_EDI, w2_EFD)
+        ctx.gated, ctx.sizes = gated, sizes
+        return y_RD
 
     @staticmethod
-    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_RI, weight_EIO = ctx.saved_tensors
-        grad_RI, grad_EIO = torch.empty_like(x_RI), torch.empty_like(weight_EIO)
-        grad_EO = grad_RO.new_zeros(len(weight_EIO), grad_RO.shape[1])
+    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, inner_RI, w1_EDI, w2_EFD = ctx.saved_tensors
+        grad_in_RD, grad_w1, grad_w2 = torch.empty_like(x_RD), torch.empty_like(w1_EDI), torch.empty_like(w2_EFD)
+        grad_b1, grad_b2 = x_RD.new_empty(len(w1_EDI), w1_EDI.shape[2]), x_RD.new_empty(len(w2_EFD), w2_EFD.shape[2])
         for expert, rows in _blocks(ctx.sizes):
-            torch.mm(grad_RO[rows], weight_EIO[expert].T, out=grad_RI[rows])
-            torch.mm(x_RI[rows].T, grad_RO[rows], out=grad_EIO[expert])
-            torch.sum(grad_RO[rows], 0, out=grad_EO[expert])
-        return grad_RI, grad_EIO, grad_EO, None
+            grad_BD = grad_RD[rows]
+            grad_BF = _multiply(grad_BD, w2_EFD[expert].T, grad_RD.new_empty(len(grad_BD), w2_EFD.shape[1]))
+            activated_BF, grad_BI = _activate_backward(grad_BF, inner_RI[rows], ctx.gated)
+            _multiply(activated_BF.T, grad_BD, grad_w2[expert])
+            torch.sum(grad_BD, 0, out=grad_b2[expert])
+            _multiply(x_RD[rows].T, grad_BI, grad_w1[expert])
+            torch.sum(grad_BI, 0, out=grad_b1[expert])
+            _multiply(grad_BI, w1_EDI[expert].T, grad_in_RD[rows])
+        return grad_in_RD, grad_w1, grad_b1, grad_w2, grad_b2, None, None
 
 
 def _blocks(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert's number and rows; an empty block too, whose gradient is zero."""
+    """Each expert's number and rows; of an empty block too, whose gradients are zero."""
     end = 0
     for expert, size in enumerate(sizes):
         yield expert, slice(end, end := end + size)
+
+
+def _activate(inner_RI: Tensor, gated: bool) -> Tensor:
+    """GELU, or SwiGLU (arXiv 2002.05202): [R, I] -> [R, F]."""
+    if not gated:
+        return F.gelu(inner_RI)
+    gate_RF, up_RF = inner_RI.chunk(2, -1)
+    return F.silu(gate_RF) * up_RF
+
+
+def _activate_backward(grad_BF: Tensor, inner_BI: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+    """What `_activate` gave [B, F], again, and the gradient of what it took [B, I]."""
+    if not gated:
+        return F.gelu(inner_BI), torch.ops.aten.gelu_backward(grad_BF, inner_BI)
+    gate_BF, up_BF = inner_BI.chunk(2, -1)
+    silu_BF, grad_BI = F.silu(gate_BF), torch.empty_like(inner_BI)
+    grad_gate_BF, grad_up_BF = grad_BI.chunk(2, -1)
+    torch.mul(grad_BF, silu_BF, out=grad_up_BF)
+    torch.ops.aten.silu_backward.grad_input(grad_BF.mul_(up_BF), gate_BF, grad_input=grad_gate_BF)
+    return silu_BF.mul_(up_BF), grad_BI
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b into `out`, which is returned."""
+    if a.dtype.itemsize < 4 and _multiplied_in_fp32(a):
+        return out.copy_(a.float() @ b.float())
+    return torch.mm(a, b, out=out)
+
+
+def _multiplied_in_fp32(factor: Tensor) -> bool:
+    """Whether the CPU multiplies such tensors as fp32, by MKL, which compiles nothing.
+
+    So it does with 16-bit ones for which oneDNN has no kernels, as with AVX2 alone: torch's own loops take a hundred
+    times as long.
+    """
+    return factor.dtype.itemsize > 2 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()

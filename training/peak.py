@@ -25,13 +25,14 @@ def matmul_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16, seco
 
 
 def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    _wait(a.device)
+    wait(a.device)
     start = time.perf_counter()
     a @ b
-    _wait(a.device)
+    wait(a.device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until `device` has done all that it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
