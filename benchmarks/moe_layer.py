@@ -4,7 +4,8 @@
 
 One process with all cores. In each round every contender takes the same new input, one after the other; times are
 medians over rounds, and ratios medians of the ratios within a round. New inputs matter: on CPU a product of a new shape
-may have to be compiled, which equal inputs hide. Experts are gated in all, so that sizes are equal; ours have biases too.
+may have to be compiled, which equal inputs hide. Experts are gated in all, so that sizes are equal; ours have biases
+too.
 
 The floor of a shape is its FLOPs at the peak of matrix products, plus its weights once and their gradients once at the
 bandwidth of a copy, both measured in the same rounds. Needs `pip install -r benchmarks/requirements.txt`.

@@ -95,7 +95,7 @@ def _parts() -> Iterator[tuple[Any, str, str]]:
     yield rows.MoveRows, "backward", "dispatch"
     yield rows.SumRows, "backward", "dispatch"
     yield LocalExperts, "forward", "experts"
-    yield grouped._Blockwise, "backward", "experts"
+    yield grouped._ExpertByExpert, "backward", "experts"
     yield moe, "_exchange", "all-to-all"
     yield moe.MoELayer, "_exchange_counts", "all-to-all"
     yield DeepSpeedEngine, "backward", "backward"

@@ -190,6 +190,8 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         raise UserError(f"zero_optimization.stage={zero.get('stage')}: only 3 is supported (experts, offload, saving)")
     block = values.get("m6", {})
     model = _with_capacity(recipe.model_shape(), block)
+    if not model.image_patches:
+        raise UserError("model.image_patches=0: DeepSpeed cannot shard a weight without elements: use at least 1")
     parallel = _expert_parallel(values, model, world)
     micro, accumulation = _batch(values, recipe, world)
     tiers = {name: zero.get(name, {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}
@@ -294,7 +296,7 @@ def _batch(values: Mapping[str, Any], recipe: Recipe, world: int) -> tuple[int, 
     if recipe.global_batch % (micro * world):
         raise UserError(
             f"train_micro_batch_size_per_gpu={micro} times {world} rank(s) does not divide the recipe's "
-            f"global_batch={recipe.global_batch}"
+            f"global_batch={recipe.global_batch}; set ds.train_micro_batch_size_per_gpu"
         )
     accumulation = recipe.global_batch // (micro * world)
     derived = {

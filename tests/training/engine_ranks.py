@@ -96,6 +96,27 @@ def train(
     return rank.train(0, RECIPE["steps"])
 
 
+def states_kept(data: Path, swap: Path, ds: dict[str, Any], once: bool) -> dict[str, Any]:
+    """Train eight steps with equal numbers kept `once` or, as DeepSpeed has it, twice: the losses, the masters after
+    them, and the pairs of states that share their memory."""
+    from training import engine, zero
+
+    if not once:
+        engine.keep_once = engine.spare_reductions = lambda *_: None
+        zero.stage3.reduce_scatter_coalesced = zero._reduce_scatter
+    rank = Rank(data, swap, ds)
+    losses = rank.train(0, 8)
+    optimizer = rank.engine.deepspeed.optimizer
+    gradients, pairs = optimizer.grad_partitions_flat_buffer.untyped_storage().data_ptr(), set()
+    masters = optimizer.fp32_partitioned_groups_flat
+    for master, working in zip(masters, optimizer.fp16_partitioned_groups_flat, strict=True):
+        if master.grad is not None and master.grad.untyped_storage().data_ptr() == gradients:
+            pairs.add("gradients")
+        if master.data_ptr() == working.data_ptr():
+            pairs.add("weights")
+    return {"losses": losses, "digests": state_digests(rank), "pairs": pairs}
+
+
 def save_at(
     data: Path, swap: Path, ds: dict[str, Any], folder: Path, step: int, last: int, buffer: int = 2**30
 ) -> dict[str, Any]:

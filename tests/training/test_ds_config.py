@@ -223,7 +223,7 @@ def test_batch_arithmetic(micro, world, batch):
 
 @pytest.mark.parametrize(
     ("key", "wrong", "right"),
-    [("train_batch_size", 32, 64), ("gradient_accumulation_steps", 4, 2), ("gradient_clipping", 0.5, 1)],
+    [("train_batch_size", 32, 64), ("gradient_accumulation_steps", 4, 1), ("gradient_clipping", 0.5, 1)],
 )
 def test_what_the_recipe_decides_may_be_repeated_but_not_contradicted(key, wrong, right):
     message = refusal(ds(key, wrong))
@@ -307,6 +307,10 @@ def test_one_physical_layer_on_one_rank_is_not_swapped(shape, tmp_path):
 def test_what_would_take_all_memory_or_crash_is_refused(key, value, tmp_path):
     text = json.dumps(value) if isinstance(value, str) else value
     assert key.rpartition(".")[2] in refusal(ds(key, text), file=NVME, swap=tmp_path)
+
+
+def test_a_model_without_patches_is_refused():
+    assert refusal("model.image_patches=0").startswith("model.image_patches=0: DeepSpeed cannot shard")
 
 
 def test_a_buffer_that_is_too_small(tmp_path):
