@@ -79,6 +79,7 @@ class PhaseClock:
 
 def _parts() -> Iterator[tuple[Any, str, str]]:
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
 
@@ -104,6 +105,13 @@ def _parts() -> Iterator[tuple[Any, str, str]]:
     for reduce in ("reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue"):
         yield Zero, reduce, "reduce"
     yield Zero, "partition_grads", "host copies"
+    for read in ("swap_in", "synchronize_reads"):
+        yield AsyncPartitionedParameterSwapper, read, "disk, weights in"
+    for write in ("swap_out_and_release", "synchronize_writes"):
+        yield AsyncPartitionedParameterSwapper, write, "disk, weights out"
+    yield Zero, "_swap_out_offload_fp32_gradients", "disk, gradients out"
+    yield Zero, "_optimizer_states_and_gradient_swap_in", "disk, optimizer in"
+    yield Zero, "_optimizer_states_and_gradient_swap_out", "disk, optimizer out"
     yield DeepSpeedEngine, "step", "optimizer"
     for copy in ("_prepare_fp32_grad_for_sub_group", "_reassign_or_swap_out_partitioned_parameters"):
         yield Zero, copy, "host copies"
