@@ -15,7 +15,6 @@ benchmarks/requirements.txt`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import statistics
 import sys
@@ -28,34 +27,31 @@ from pathlib import Path
 from typing import Any
 
 from launch.run import KEEP_FREED_MEMORY
-from model.config import PRESETS, ModelConfig
 from tests.ranks import run_ranks
 from training.extensions import prepare_extensions
 from training.machine import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-ROW = 128  # positions of a row
 WARM_UP, STEPS = 3, 6
-TEXTS = {"language": 1, "poem": 1, "review": 1}
 
 
 @dataclass(frozen=True)
 class Contender:
     library: str  # M6, or a library of benchmarks.mixtral_step
     kind: str  # M6's capacity, or how the peer computes its experts
-    offload: bool
+    states: str  # where they live: device or cpu
     ranks: int
 
     def __str__(self) -> str:
-        return f"{self.library}, {self.kind} | {'cpu' if self.offload else 'device'} | {self.ranks}"
+        return f"{self.library}, {self.kind} | {self.states} | {self.ranks}"
 
 
 def contenders() -> Iterator[Contender]:
     for ranks in (1, 2):
-        for offload in (False, True):
-            yield from (Contender("M6", capacity, offload, ranks) for capacity in ("none", "1x"))
-            for library in ("ZeRO-3", "AutoEP") if ranks > 1 or offload else ("torch", "ZeRO-3", "AutoEP"):
-                yield from (Contender(library, experts, offload, ranks) for experts in ("eager", "grouped_mm"))
+        for states in ("device", "cpu"):
+            yield from (Contender("M6", capacity, states, ranks) for capacity in ("none", "1x"))
+            for library in ("ZeRO-3", "AutoEP") if ranks > 1 or states == "cpu" else ("torch", "ZeRO-3", "AutoEP"):
+                yield from (Contender(library, experts, states, ranks) for experts in ("eager", "grouped_mm"))
 
 
 def main() -> None:
@@ -81,152 +77,55 @@ def main() -> None:
             print(f"\n{contender}: {phases(rounds)}")
 
 
-def model_config(arguments: argparse.Namespace, capacity: str) -> ModelConfig:
-    """A preset with gated experts and top-k routing, as Mixtral has, for text alone."""
-    shape = PRESETS[arguments.preset].config
-    return dataclasses.replace(
-        shape, gated_experts=True, routing="top-k", capacity=capacity, image_patches=1, image_channels=1
-    )
-
-
 def measure(contender: Contender, arguments: argparse.Namespace) -> dict[str, Any]:
     """On each rank: seconds and tokens of the middle step, FLOP/s over the peak, and seconds by phase of ours."""
     import torch
     import torch.distributed as dist
 
+    from benchmarks.steps import Text
     from training.peak import matmul_flops
     from training.start import init_distributed
 
     warnings.simplefilter("ignore")  # of torch, at DeepSpeed's calls
     torch.set_num_threads(max(1, usable_cores() // contender.ranks))
     init_distributed()
-    config = model_config(arguments, contender.kind if contender.library == "M6" else "none")
-    rows = Text(arguments, config)
-    step = (our_step if contender.library == "M6" else peer_step)(contender, config, arguments)
+    text = Text(arguments.data, arguments.tokens)
+    step = our_step(contender, arguments) if contender.library == "M6" else peer_step(contender, arguments)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     peaks = [matmul_flops(torch.device("cpu"), dtype)]
-    seconds, flops, by_phase = [], [], []
-    for number in range(WARM_UP + STEPS):
-        taken, worked, parts = step(rows.take(number), number)
-        if number >= WARM_UP:
-            seconds.append(taken)
-            flops.append(worked)
-            by_phase.append(parts)
+    steps = [step(text.take()) for _ in range(WARM_UP + STEPS)][WARM_UP:]
     peaks.append(matmul_flops(torch.device("cpu"), dtype))
-    middle = statistics.median_low(seconds)
+    middle = sorted(steps, key=lambda one: one.seconds)[STEPS // 2]
     peak = torch.tensor(max(peaks), dtype=torch.float64)
     dist.all_reduce(peak)
     return {
-        "seconds": middle,
-        "tokens": arguments.tokens / middle,
-        "of the peak": flops[seconds.index(middle)] / middle / peak.item(),
-        "phases": by_phase[seconds.index(middle)],
+        "seconds": middle.seconds,
+        "tokens": arguments.tokens / middle.seconds,
+        "of the peak": middle.flops / middle.seconds / peak.item(),
+        "phases": middle.phases,
     }
 
 
-class Text:
-    """Real text of the corpus as full rows of token ids."""
+def our_step(contender: Contender, arguments: argparse.Namespace) -> Callable[[Any], Any]:
+    from benchmarks.steps import OurStep, text_model
 
-    def __init__(self, arguments: argparse.Namespace, config: ModelConfig):
-        import torch.distributed as dist
-
-        from training.data.corpus import Corpus
-        from training.data.order import GlobalOrder
-        from training.data.tasks import TASKS
-
-        corpus = Corpus.open(arguments.data)
-        self.begin = corpus.tokenizer.bos_id
-        self.order = GlobalOrder([TASKS[name](corpus, "train") for name in TEXTS], TEXTS, len(TEXTS), 2 * ROW, seed=1)
-        self.rows = arguments.tokens // ROW // dist.get_world_size()
-        self.rank = dist.get_rank()
-        self.stream, self.position = [], 0
-
-    def take(self, step: int) -> Any:
-        """This rank's ids [B, ROW + 1] of a step, from 0 on; the last column is a target only."""
-        import torch
-
-        needed = self.rows * (ROW + 1)
-        while len(self.stream) < needed:
-            row = self.order.row(self.position + self.rank * 2**40)
-            self.stream += [self.begin, *row.source, *row.target]
-            self.position += 1
-        ids, self.stream = self.stream[:needed], self.stream[needed:]
-        return torch.tensor(ids).view(self.rows, ROW + 1)
+    config = text_model(arguments.preset, capacity=contender.kind)
+    return OurStep(config, contender.states, arguments.tokens, Path(tempfile.gettempdir()), arguments.bf16)
 
 
-Step = Callable[[Any, int], tuple[float, float, dict[str, float]]]
-
-
-def peer_step(contender: Contender, config: ModelConfig, arguments: argparse.Namespace) -> Step:
+def peer_step(contender: Contender, arguments: argparse.Namespace) -> Callable[[Any], Any]:
     from benchmarks.mixtral_step import Peer, build
+    from benchmarks.steps import Measured, text_model
 
-    step = build(Peer(contender.library, contender.kind, contender.offload), config, arguments.bf16, lr=1e-4)
+    config = text_model(arguments.preset, capacity="none")
+    step = build(Peer(contender.library, contender.kind, contender.states == "cpu"), config, arguments.bf16, lr=1e-4)
 
-    def run(ids: Any, number: int) -> tuple[float, float, dict[str, float]]:
+    def run(ids: Any) -> Measured:
         start = time.perf_counter()
         step(ids[:, :-1])
-        return time.perf_counter() - start, config.training_flops(arguments.tokens, arguments.tokens), {}
+        return Measured(time.perf_counter() - start, config.training_flops(arguments.tokens, arguments.tokens), {})
 
     return run
-
-
-def our_step(contender: Contender, config: ModelConfig, arguments: argparse.Namespace) -> Step:
-    """Our step, with its clock of phases: a hundred microseconds a step."""
-    from benchmarks.phases import PhaseClock
-    from training.ds_config import resolve
-    from training.engine import Engine
-    from training.recipe import parse_recipe
-
-    rows = arguments.tokens // ROW
-    changes = {name: getattr(config, name) for name in ("gated_experts", "routing", "image_patches", "image_channels")}
-    recipe = parse_recipe(
-        {
-            "model": {"preset": arguments.preset, **changes},
-            "ds_config": str(ROOT / "ds_configs" / ("cpu-offload.json" if contender.offload else "cpu.json")),
-            "ds": {
-                "train_micro_batch_size_per_gpu": rows // contender.ranks,
-                "bf16": {"enabled": arguments.bf16},
-                "m6": {"capacity": contender.kind},
-            },
-            "global_batch": rows,
-            "steps": WARM_UP + STEPS,
-            "text_positions": ROW,
-            "tasks": TEXTS,
-        },
-        [],
-        "benchmark",
-    )
-    engine = Engine(resolve(recipe, contender.ranks, 0, Path(tempfile.gettempdir())), seed=1)
-    clock = PhaseClock()
-    clock.install()
-
-    def run(ids: Any, number: int) -> tuple[float, float, dict[str, float]]:
-        clock.restart()
-        start = time.perf_counter()
-        with clock.phase("data"):
-            batch = full_rows(ids, config)
-        result = engine.step([batch], lr=1e-4)
-        parts = clock.read()
-        kept = int(result.routing[:, :, 1].sum())
-        flops = config.training_flops(result.tokens, result.targets, kept)
-        return time.perf_counter() - start, flops, parts
-
-    return run
-
-
-def full_rows(ids: Any, config: ModelConfig) -> dict[str, Any]:
-    """A batch in which every position is a target and has a target."""
-    import torch
-
-    rows = len(ids)
-    return {
-        "tokens_BT": ids[:, :-1],
-        "labels_BT": ids[:, 1:],
-        "source_B": torch.zeros(rows, dtype=torch.int64),
-        "length_B": torch.full((rows,), ROW),
-        "image_BPC": torch.zeros(rows, config.image_patches, config.image_channels),
-        "has_image_B": torch.zeros(rows, dtype=torch.bool),
-    }
 
 
 def table(found: dict[Contender, list[dict[str, Any]]]) -> str:

@@ -355,6 +355,9 @@ def _resolve_nvme(
         else:
             zero[name]["nvme_path"] = str(Path(zero[name]["nvme_path"]) / _own_folder(swap))
         _check_folder(name, Path(zero[name]["nvme_path"]), needed)
+    if tiers["offload_optimizer"] == "nvme":
+        # The optimizer's buffers are as large as the largest sub-group, which else would be a rank's whole share.
+        zero.setdefault("sub_group_size", largest_partition(model, parallel, world))
     if tiers["offload_param"] == "nvme":
         if world == 1 and (model.layers == 1 or model.share_layers):
             # "already assigned swap buffer": the next layer's prefetch is the layer itself.
