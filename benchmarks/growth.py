@@ -1,6 +1,6 @@
 """How a step's time grows, phase by phase: with experts at constant active size, with layers, tokens and ranks.
 
-    python -m benchmarks.growth [experts layers tokens ranks] [--rounds 2]
+    python -m benchmarks.growth [--axes experts layers tokens ranks] [--rounds 2]
 
 Our step on full rows of real text, dropless, states on the CPU, other sizes those of m6-tiny with two layers; fp32
 where the processor has no bf16. Each point is started anew in each round; figures are the least over rounds of the
@@ -31,7 +31,7 @@ POINTS = {
     "tokens": (1024, 2048, 4096, 8192, 16384),
     "ranks": (1, 2, 4),
 }
-WARM_UP, STEPS = 2, 3
+WARM_UP, STEPS = 5, 3  # memory that is touched for the first time costs the first steps seconds
 # Of one fp32 parameter in a step: weights read forward and backward, gradient written; gradient copied and read for its
 # norm; gradient scaled by clipping, read again, and master and two moments read and written.
 BYTES = {"experts": 12, "copies": 12, "optimizer": 36}
@@ -40,7 +40,7 @@ MAY_GROW = ("experts", "reduce", "host copies", "gather", "optimizer", "router")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("axes", nargs="*", choices=[[], *POINTS], default=list(POINTS))
+    parser.add_argument("--axes", nargs="+", choices=POINTS, default=list(POINTS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--data", type=Path, default=ROOT / "data")
     arguments = parser.parse_args()
