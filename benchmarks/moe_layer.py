@@ -35,7 +35,7 @@ OURS = {
     for routing in ("prototype", "top-k")
     for capacity in ("none", "kx", "1x")
 }
-DENSE, WARM_UP = "dense", 2
+DENSE = "dense"
 COPY_BYTES = 2**28
 
 
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds before those that count")
     parser.add_argument("--contenders", nargs="+", help="leave out all others but the dense layer")
     arguments = parser.parse_args()
     os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY  # as ranks of `m6 train` have it
@@ -69,11 +70,11 @@ def measure(sizes: tuple[int, ...], arguments: argparse.Namespace) -> dict[str, 
     wanted = [name for name in (*OURS, *peers.PEERS) if name in (arguments.contenders or [name]) or name == DENSE]
     layers = {n: _ours(n, shape, dtype, device) if n in OURS else peers.build(n, shape, dtype, device) for n in wanted}
     seconds: dict[str, list[float]] = {name: [] for name in (*layers, "peak", "copy")}
-    for round_ in range(WARM_UP + arguments.rounds):
+    for round_ in range(arguments.warm_up + arguments.rounds):
         x_TD = torch.randn(shape.tokens, shape.hidden).to(device, dtype)
         found = {name: _seconds(layer, x_TD) for name, layer in layers.items()}
         found |= {"peak": matmul_flops(device, dtype, seconds=0.2), "copy": _copy_bandwidth(device)}
-        if round_ >= WARM_UP:
+        if round_ >= arguments.warm_up:
             for name, value in found.items():
                 seconds[name].append(value)
     return seconds
