@@ -2,8 +2,8 @@
 
     python -m benchmarks.growth [--axes experts layers tokens ranks] [--rounds 2]
 
-Our step on full rows of real text, dropless, states on the CPU, other sizes those of m6-tiny with two layers; fp32
-where the processor has no bf16. Each point is started anew in each round; figures are the least over rounds of the
+Our step on full rows of real text, dropless, states on the CPU, other sizes those of m6-tiny with two layers, in
+fp32. Each point is started anew in each round; figures are the least over rounds of the
 middle step's, rank 0's. What may grow with experts is what touches every weight: reading weights and writing their
 gradients in the experts' products, copies, the optimizer. Its bandwidth is that of the least traffic which these need
 (BYTES a parameter) over the time that they grow by, against a plain copy on all ranks at once.

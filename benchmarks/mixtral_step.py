@@ -114,6 +114,9 @@ def _settings(peer: Peer, bf16: bool, lr: float) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,
+            # As ours.
+            "contiguous_gradients": False,
+            "stage3_param_persistence_threshold": 10_000,
             **({"offload_param": offload, "offload_optimizer": offload} if peer.offload else {}),
         },
         # Without offload torch's own AdamW, as plain torch; with it DeepSpeed's CPU Adam.

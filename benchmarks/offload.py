@@ -35,6 +35,7 @@ TIERS = ("device", "cpu", "nvme")
 WARM_UP, STEPS = 3, 5
 REQUEST = 2**23  # bytes of one plain read or write
 COPY_BYTES = 2**28
+RATES = ("copies", "plain copy")
 GROWN = 4  # times the experts, for memory
 
 
@@ -53,7 +54,8 @@ def main() -> None:
         def run(tier: str, grown: int = 1) -> dict[str, float]:
             print(f"{tier}, {grown}x experts", file=sys.stderr, flush=True)
             ranks = run_ranks(2, measure, tier, grown, arguments, Path(swap).resolve(), timeout=3600)
-            return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+            slower = {key: min if key in RATES else max for key in ranks[0]}
+            return {key: slower[key](rank[key] for rank in ranks) for key in ranks[0]}
 
         found: dict[str, list[dict[str, float]]] = {tier: [] for tier in arguments.tiers}
         for _ in range(arguments.rounds):
@@ -165,7 +167,9 @@ def table(tiers: dict[str, dict[str, float]]) -> str:
     base = next(iter(tiers.values()))["seconds"]
     for tier, one in tiers.items():
         ratio = one["seconds"] / base
-        copies = f"{one['copies'] / 1e9:.1f} | {one['plain copy'] / 1e9:.1f}"
+        # Elsewhere the phase moves more than what is counted.
+        copies = f"{one['copies'] / 1e9:.1f}" if tier == "cpu" else ""
+        copies += f" | {one['plain copy'] / 1e9:.1f}"
         lines.append(f"| {tier} | {one['seconds']:.2f} | {ratio:.2f} | {copies} |")
     if not {"cpu", "nvme"} <= tiers.keys():
         return "\n".join(lines)

@@ -29,7 +29,7 @@ from typing import Any
 from launch.run import KEEP_FREED_MEMORY
 from tests.ranks import run_ranks
 from training.extensions import prepare_extensions
-from training.machine import usable_cores
+from training.machine import multiplies_bf16, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP, STEPS = 3, 6
@@ -91,7 +91,7 @@ def measure(contender: Contender, arguments: argparse.Namespace) -> dict[str, An
     init_distributed()
     text = Text(arguments.data, arguments.tokens)
     step = our_step(contender, arguments) if contender.library == "M6" else peer_step(contender, arguments)
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    dtype = torch.bfloat16 if arguments.bf16 and multiplies_bf16() else torch.float32
     peaks = [matmul_flops(torch.device("cpu"), dtype)]
     steps = [step(text.take()) for _ in range(WARM_UP + STEPS)][WARM_UP:]
     peaks.append(matmul_flops(torch.device("cpu"), dtype))

@@ -15,17 +15,18 @@ from torch.nn import functional as F
 # oneDNN compiles a kernel for each GEMM shape it has not seen, at several times the cost of the product itself.
 # So 16-bit sizes are rounded up to these many an octave, and to a whole number of the smallest tile.
 SIZES_AN_OCTAVE, LEAST_SIZE = 8, 32
-# What torch's grouped product on GPUs wants blocks of rows to begin at.
-DEVICE_MULTIPLE = 16
+# Of torch's grouped products on GPUs: where blocks of rows begin, and bytes that rows are a multiple of.
+DEVICE_MULTIPLE, DEVICE_BYTES = 16, 16
 
 
 def few_sizes(size: int, like: Tensor) -> int:
-    """`size` rounded up, where products of tensors such as `like` are quicker if their sizes are few; 0 stays 0.
+    """`size` rounded up, where products of tensors such as `like` are quicker if their sizes are few.
 
-    At most an eighth is added, beyond LEAST_SIZE.
+    On CPU at most an eighth is added, beyond LEAST_SIZE, and 0 stays 0. On GPUs no block is empty: gradients of empty
+    ones have been seen to be wrong (pytorch issue 172439).
     """
     if like.device.type != "cpu":
-        return -(-size // DEVICE_MULTIPLE) * DEVICE_MULTIPLE
+        return max(-(-size // DEVICE_MULTIPLE), 1) * DEVICE_MULTIPLE
     if _multiplied_in_fp32(like):
         return size
     step = max(2 ** (size - 1).bit_length() // 2 // SIZES_AN_OCTAVE, LEAST_SIZE)
@@ -42,7 +43,9 @@ def expert_mlp(
     sizes: Sequence[int],
 ) -> Tensor:
     """[R, D]: the first sizes[0] rows through expert 0, the next sizes[1] through expert 1, and so on."""
-    if x_RD.device.type == "cpu":
+    widths = (*w1_EDI.shape[1:], *w2_EFD.shape[1:])
+    aligned = all(width * x_RD.element_size() % DEVICE_BYTES == 0 for width in widths)
+    if x_RD.device.type == "cpu" or not aligned:
         return _ExpertByExpert.apply(x_RD, w1_EDI, b1_EI, w2_EFD, b2_ED, gated, sizes)
     return all_experts_at_once(x_RD, w1_EDI, b1_EI, w2_EFD, b2_ED, gated, sizes)
 
@@ -62,7 +65,7 @@ def all_experts_at_once(
     # Biases by a product, whose gradient is a sum in a fixed order.
     own_RE = F.one_hot(torch.repeat_interleave(size_E, output_size=len(x_RD)), len(sizes)).to(x_RD.dtype)
     inner_RI = F.grouped_mm(x_RD, w1_EDI, offs=end_E) + own_RE @ b1_EI
-    return F.grouped_mm(_activate(inner_RI, gated), w2_EFD, offs=end_E) + own_RE @ b2_ED
+    return F.grouped_mm(activate(inner_RI, gated), w2_EFD, offs=end_E) + own_RE @ b2_ED
 
 
 class _ExpertByExpert(torch.autograd.Function):
@@ -86,7 +89,7 @@ class _ExpertByExpert(torch.autograd.Function):
         inner_RI, y_RD = x_RD.new_empty(len(x_RD), w1_EDI.shape[2]), torch.empty_like(x_RD)
         for expert, rows in _blocks(sizes):
             inner_BI = _multiply(x_RD[rows], w1_EDI[expert], inner_RI[rows]).add_(b1_EI[expert])
-            _multiply(_activate(inner_BI, gated), w2_EFD[expert], y_RD[rows]).add_(b2_ED[expert])
+            _multiply(activate(inner_BI, gated), w2_EFD[expert], y_RD[rows]).add_(b2_ED[expert])
         # The parameters themselves, not views: ZeRO-3 gives them their values anew before backward.
         ctx.save_for_backward(x_RD, inner_RI, w1_EDI, w2_EFD)
         ctx.gated, ctx.sizes = gated, sizes
@@ -116,16 +119,16 @@ def _blocks(sizes: Sequence[int]) -> Iterator[tuple[int, slice]]:
         yield expert, slice(end, end := end + size)
 
 
-def _activate(inner_RI: Tensor, gated: bool) -> Tensor:
-    """GELU, or SwiGLU (arXiv 2002.05202): [R, I] -> [R, F]."""
+def activate(inner: Tensor, gated: bool) -> Tensor:
+    """GELU, or SwiGLU (arXiv 2002.05202), whose gate comes first: [..., I] -> [..., F]."""
     if not gated:
-        return F.gelu(inner_RI)
-    gate_RF, up_RF = inner_RI.chunk(2, -1)
-    return F.silu(gate_RF) * up_RF
+        return F.gelu(inner)
+    gate, up = inner.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def _activate_backward(grad_BF: Tensor, inner_BI: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    """What `_activate` gave [B, F], again, and the gradient of what it took [B, I]."""
+    """What `activate` gave [B, F], again, and the gradient of what it took [B, I]."""
     if not gated:
         return F.gelu(inner_BI), torch.ops.aten.gelu_backward(grad_BF, inner_BI)
     gate_BF, up_BF = inner_BI.chunk(2, -1)
@@ -144,9 +147,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _multiplied_in_fp32(factor: Tensor) -> bool:
-    """Whether the CPU multiplies such tensors as fp32, by MKL, which compiles nothing.
+    """Whether such tensors are multiplied as fp32 on CPU, by MKL, which compiles nothing.
 
-    So it does with 16-bit ones for which oneDNN has no kernels, as with AVX2 alone: torch's own loops take a hundred
-    times as long.
+    16-bit ones are where oneDNN has no kernels for them, as with AVX2 alone: torch's own loops take a hundred times as
+    long.
     """
+    if factor.device.type != "cpu":
+        return False
     return factor.dtype.itemsize > 2 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()

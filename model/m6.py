@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import Attention, attention_mask
 from model.config import ModelConfig
 from model.experts import ExpertParallel
-from model.grouped import few_sizes
+from model.grouped import activate, few_sizes
 from model.initialise import Linear, Table, fill_normal
 from model.moe import MoELayer
 from model.packing import Packing
@@ -54,11 +54,7 @@ class FeedForward(nn.Module):
         self.outer = Linear(config.ffn, config.hidden, config.init_std, *key, "outer")
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.inner(x)
-        if self.gated:
-            gate, up = inner.chunk(2, -1)
-            return self.outer(F.silu(gate) * up)
-        return self.outer(F.gelu(inner))
+        return self.outer(activate(self.inner(x), self.gated))
 
 
 class Layer(nn.Module):

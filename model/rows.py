@@ -55,15 +55,17 @@ def inverse_index(index_A: Tensor, rows: int) -> Tensor:
 
 
 def _gather_sum(x_AD: Tensor, index_KS: Tensor) -> Tensor:
-    total_SD = _gather(x_AD, index_KS[0])
+    padded = _with_zeros(x_AD)
+    total_SD = padded.index_select(0, index_KS[0])
     for index_S in index_KS[1:]:
-        total_SD += _gather(x_AD, index_S)
+        total_SD += padded.index_select(0, index_S)
     return total_SD
 
 
 def _gather(x_SD: Tensor, index_A: Tensor) -> Tensor:
-    """Rows of x; zeros where the index is len(x).
+    return _with_zeros(x_SD).index_select(0, index_A)
 
-    A row of zeros to pick is several times cheaper than filling with zeros what was picked.
-    """
-    return torch.cat((x_SD, x_SD.new_zeros(1, x_SD.shape[1]))).index_select(0, index_A)
+
+def _with_zeros(x_SD: Tensor) -> Tensor:
+    """With one more row, of zeros, to pick: several times cheaper than filling with zeros what was picked."""
+    return torch.cat((x_SD, x_SD.new_zeros(1, x_SD.shape[1])))

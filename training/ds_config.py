@@ -27,6 +27,9 @@ from training.recipe import Recipe, one_line, read_mapping, shown
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 TIERS = ("none", "cpu", "nvme")
 
+BYTES_OF_A_MASTER = 4
+MOST_ROWS = 32  # of a micro-batch by default: more are no faster on CPU, and take more memory
+LEAST_SWAPPED = 2**20  # bytes of a tensor, or aio.block_size if that is more: DeepSpeed keeps smaller ones in memory
 NVME_OPTIMIZER_BYTES = 16  # a parameter's fp32 master, two Adam moments and gradient
 
 # What a setting may hold, in the words of the message that refuses anything else.
@@ -55,7 +58,8 @@ FITS: dict[str, Callable[[Any], bool]] = {
 # Every setting that is known to work under ZeRO-3; blocks that are not listed are left to DeepSpeed.
 SETTINGS: dict[str, dict[str, str]] = {
     "": {
-        "train_batch_size": SIZE + AUTO, "train_micro_batch_size_per_gpu": SIZE, "gradient_clipping": NUMBER + AUTO,
+        "train_batch_size": SIZE + AUTO, "train_micro_batch_size_per_gpu": SIZE + AUTO,
+        "gradient_clipping": NUMBER + AUTO,
         "gradient_accumulation_steps": SIZE + AUTO, "bf16": BLOCK, "zero_optimization": BLOCK,
         "expert_parallel": BLOCK, "data_types": BLOCK, "communication_data_type": DTYPE, "aio": BLOCK,
         "comms_logger": BLOCK, "flops_profiler": BLOCK, "wall_clock_breakdown": FLAG, "m6": BLOCK,
@@ -198,6 +202,12 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
     bf16 = _bf16(values.get("bf16", {}), gpus)
     _check_tools(tiers, gpus)
     _resolve_nvme(zero, tiers, model, parallel, world, swap, parameter_bytes=2 if bf16["enabled"] else 4)
+    if tiers["offload_optimizer"] != "none":
+        # Swap buffers are as large as the largest sub-group, which else would be a rank's whole share. A sub-group ends
+        # as soon as it is large enough to be swapped at all: with one weight, or several small ones. In CPU memory too,
+        # because the gradient's norm is summed by sub-groups, and both tiers are to agree to the bit.
+        least = max(LEAST_SWAPPED, values.get("aio", {}).get("block_size", 0))
+        zero.setdefault("sub_group_size", least // BYTES_OF_A_MASTER)
     values = values | {
         "train_batch_size": recipe.global_batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -292,11 +302,16 @@ def _expert_parallel(values: Mapping[str, Any], model: ModelConfig, world: int) 
 def _batch(values: Mapping[str, Any], recipe: Recipe, world: int) -> tuple[int, int]:
     micro = values.get("train_micro_batch_size_per_gpu")
     if micro is None:
-        raise UserError("train_micro_batch_size_per_gpu is missing: set it to the rows of a rank's micro-batch")
+        raise UserError("train_micro_batch_size_per_gpu is missing: set it to auto, or to a rank's rows")
+    if micro == "auto":
+        if recipe.global_batch % world:
+            raise UserError(f"the recipe's global_batch={recipe.global_batch} does not divide among {world} ranks")
+        share = recipe.global_batch // world
+        micro = max(rows for rows in range(1, MOST_ROWS + 1) if share % rows == 0)
     if recipe.global_batch % (micro * world):
         raise UserError(
             f"train_micro_batch_size_per_gpu={micro} times {world} rank(s) does not divide the recipe's "
-            f"global_batch={recipe.global_batch}; set ds.train_micro_batch_size_per_gpu"
+            f"global_batch={recipe.global_batch}; say auto"
         )
     accumulation = recipe.global_batch // (micro * world)
     derived = {
@@ -355,9 +370,6 @@ def _resolve_nvme(
         else:
             zero[name]["nvme_path"] = str(Path(zero[name]["nvme_path"]) / _own_folder(swap))
         _check_folder(name, Path(zero[name]["nvme_path"]), needed)
-    if tiers["offload_optimizer"] == "nvme":
-        # The optimizer's buffers are as large as the largest sub-group, which else would be a rank's whole share.
-        zero.setdefault("sub_group_size", largest_partition(model, parallel, world))
     if tiers["offload_param"] == "nvme":
         if world == 1 and (model.layers == 1 or model.share_layers):
             # "already assigned swap buffer": the next layer's prefetch is the layer itself.

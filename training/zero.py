@@ -17,10 +17,10 @@ def spare_reductions() -> None:
 
     DeepSpeed would copy them into one piece and divide them by one.
     """
-    stage3.reduce_scatter_coalesced = _reduce_scatter_of_several
+    stage3.reduce_scatter_coalesced = _reduce_scatter_unless_alone
 
 
-def _reduce_scatter_of_several(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+def _reduce_scatter_unless_alone(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     if dist.get_world_size(group) == 1:
         return [tensor.view(-1) for tensor in tensors]
     return _reduce_scatter(tensors, group)
@@ -30,8 +30,9 @@ def keep_once(optimizer: Any) -> None:
     """Let equal numbers share their memory: 4 bytes a parameter for the gradients, and 4 more in fp32.
 
     DeepSpeed sums gradients in one buffer and copies the sums to another for an offloaded optimizer; and in fp32 the
-    weights that layers compute with are copies of the master weights. To copy a tensor onto itself costs nothing.
-    States on NVMe are read into buffers of their own, and stay as they are.
+    weights that layers compute with are copies of the master weights. On a CPU rank to copy a tensor onto itself costs
+    nothing; a GPU's gradients still pass through its memory. States on NVMe are read into buffers of their own, and
+    stay as they are.
     """
     offset = 0
     for number, group in enumerate(optimizer.fp16_groups):

@@ -112,7 +112,7 @@ def states_kept(data: Path, swap: Path, ds: dict[str, Any], once: bool) -> dict[
     for master, working in zip(masters, optimizer.fp16_partitioned_groups_flat, strict=True):
         if master.grad is not None and master.grad.untyped_storage().data_ptr() == gradients:
             pairs.add("gradients")
-        if master.data_ptr() == working.data_ptr():
+        if working is not None and master.data_ptr() == working.data_ptr():
             pairs.add("weights")
     return {"losses": losses, "digests": state_digests(rank), "pairs": pairs}
 

@@ -125,10 +125,10 @@ def test_unknown_keys_come_with_a_suggestion(key, said):
         ("zero_optimization", "true", "a block of settings"), ("m6", "5", "a block of settings"),
         ("zero_optimization.offload_param", "cpu", "a block of settings"), ("m6.recompute", "1", "true or false"),
         ("m6.recompute", "'yes'", "true or false"), ("bf16.enabled", "'on'", "true or false or auto"),
-        ("train_micro_batch_size_per_gpu", "true", "a whole number from 1 to 1e12"),
-        ("train_micro_batch_size_per_gpu", "auto", "a whole number from 1 to 1e12"),
-        ("train_micro_batch_size_per_gpu", "0", "a whole number from 1 to 1e12"),
-        ("train_micro_batch_size_per_gpu", "1.5", "a whole number from 1 to 1e12"),
+        ("train_micro_batch_size_per_gpu", "true", "a whole number from 1 to 1e12 or auto"),
+        ("train_micro_batch_size_per_gpu", "'32'", "a whole number from 1 to 1e12 or auto"),
+        ("train_micro_batch_size_per_gpu", "0", "a whole number from 1 to 1e12 or auto"),
+        ("train_micro_batch_size_per_gpu", "1.5", "a whole number from 1 to 1e12 or auto"),
         ("expert_parallel.autoep_size", "true", "a whole number from 1 to 1e12 or auto"),
         ("expert_parallel.autoep_size", "-1", "a whole number from 1 to 1e12 or auto"),
         ("zero_optimization.sub_group_size", "'1e9'", "a whole number from 0 to 1e12"),
@@ -231,6 +231,18 @@ def test_what_the_recipe_decides_may_be_repeated_but_not_contradicted(key, wrong
     assert resolved(ds(key, right)).values == resolved(ds(key, "auto")).values == resolved().values
 
 
+@LAW
+@given(st.integers(1, 16), st.integers(1, 512))
+def test_an_automatic_micro_batch_is_the_largest_up_to_32_that_divides(world, batch):
+    overrides = f"global_batch={batch}", "tasks={caption: 1}", ds("expert_parallel.autoep_size", 1)
+    if batch % world:
+        assert f"global_batch={batch} does not divide among {world} ranks" in refusal(*overrides, world=world)
+        return
+    config = resolved(*overrides, world=world)
+    assert config.micro_batch * config.accumulation * world == batch
+    assert not any(batch // world % rows == 0 for rows in range(config.micro_batch + 1, 33))
+
+
 def test_a_missing_micro_batch_is_named():
     assert refusal(ds("train_micro_batch_size_per_gpu", "null")).startswith("train_micro_batch_size_per_gpu is missing")
 
@@ -273,6 +285,15 @@ def test_nvme_fills_in_paths_and_buffers(tmp_path):
     assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(tmp_path / "not" / "yet")
     assert zero["offload_param"]["buffer_size"] == largest_partition(config.model, 2, 2)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("block", "elements"), [(2**16, 2**18), (2**22, 2**20)])
+def test_an_optimizer_on_nvme_is_updated_a_weight_at_a_time(tmp_path, block, elements):
+    zero = resolved(ds("aio.block_size", block), file=NVME, swap=tmp_path).values["zero_optimization"]
+    assert zero["sub_group_size"] == elements
+    # Norms are summed by sub-groups, and the two tiers agree to the bit.
+    assert resolved(file=str(FOLDER / "cpu-offload.json")).values["zero_optimization"]["sub_group_size"] == 2**18
+    assert "sub_group_size" not in resolved().values["zero_optimization"]
 
 
 def test_nvme_without_a_path_is_auto(tmp_path):

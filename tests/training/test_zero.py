@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.marks import NVME
 from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
 from training.data.corpus import Corpus
@@ -12,8 +13,13 @@ from training.data.corpus import Corpus
 
 @pytest.mark.parametrize(
     ("tier", "bf16", "pairs"),
-    [(ranks.CPU, False, {"gradients", "weights"}), (ranks.CPU, True, {"gradients"})],
-    ids=["fp32", "bf16"],
+    [
+        (ranks.CPU, False, {"gradients", "weights"}),
+        (ranks.CPU, True, {"gradients"}),
+        # Of the sub-groups only those that are too small for the disk, which stand between those that are not.
+        pytest.param(ranks.NVME, False, {"gradients"}, marks=NVME),
+    ],
+    ids=["cpu", "cpu bf16", "nvme"],
 )
 def test_states_kept_once_train_to_the_same_bits(
     sample_corpus: Corpus, tmp_path: Path, tier: dict[str, Any], bf16: bool, pairs: set[str]

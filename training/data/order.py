@@ -20,8 +20,8 @@ ROUNDS = 4  # of the Feistel network: enough to mix well (Luby and Rackoff 1988)
 class GlobalOrder:
     """Rows of several tasks in one endless order; each step of `batch` rows has the same share of each task.
 
-    Within a step each task's rows are spread evenly, so that every rank's micro-batch has about the same work. Each
-    task goes through its pool in an order of its own, a new one each epoch.
+    Within a step each task's rows are spread evenly, so that micro-batches of more rows than there are tasks have
+    about the same work on all ranks. Each task goes through its pool in an order of its own, a new one each epoch.
     """
 
     def __init__(self, tasks: Sequence[Task], weights: Mapping[str, float], batch: int, text_positions: int, seed: int):
