@@ -97,7 +97,7 @@ def train(
 
 
 def states_kept(data: Path, swap: Path, ds: dict[str, Any], once: bool) -> dict[str, Any]:
-    """Train eight steps with equal numbers kept `once` or, as DeepSpeed has it, twice: the losses, the masters after
+    """Train four steps with equal numbers kept `once` or, as DeepSpeed has it, twice: the losses, the masters after
     them, and the pairs of states that share their memory."""
     from training import engine, zero
 
@@ -105,7 +105,7 @@ def states_kept(data: Path, swap: Path, ds: dict[str, Any], once: bool) -> dict[
         engine.keep_once = engine.spare_reductions = lambda *_: None
         zero.stage3.reduce_scatter_coalesced = zero._reduce_scatter
     rank = Rank(data, swap, ds)
-    losses = rank.train(0, 8)
+    losses = rank.train(0, 4)
     optimizer = rank.engine.deepspeed.optimizer
     gradients, pairs = optimizer.grad_partitions_flat_buffer.untyped_storage().data_ptr(), set()
     masters = optimizer.fp32_partitioned_groups_flat

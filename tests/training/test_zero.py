@@ -12,19 +12,18 @@ from training.data.corpus import Corpus
 
 
 @pytest.mark.parametrize(
-    ("tier", "bf16", "pairs"),
+    ("tier", "pairs"),
     [
-        (ranks.CPU, False, {"gradients", "weights"}),
-        (ranks.CPU, True, {"gradients"}),
-        # Of the sub-groups only those that are too small for the disk, which stand between those that are not.
-        pytest.param(ranks.NVME, False, {"gradients"}, marks=NVME),
+        (ranks.CPU, {"gradients", "weights"}),
+        # Only the sub-groups that are too small for the disk.
+        pytest.param(ranks.NVME, {"gradients"}, marks=NVME),
     ],
-    ids=["cpu", "cpu bf16", "nvme"],
+    ids=["cpu", "nvme"],
 )
 def test_states_kept_once_train_to_the_same_bits(
-    sample_corpus: Corpus, tmp_path: Path, tier: dict[str, Any], bf16: bool, pairs: set[str]
+    sample_corpus: Corpus, tmp_path: Path, tier: dict[str, Any], pairs: set[str]
 ) -> None:
-    ds = ranks.settings(tier, 2, bf16=bf16) | {"gradient_accumulation_steps": 2}
+    ds = ranks.settings(tier, 2) | {"gradient_accumulation_steps": 2}
     once, twice = (
         run_ranks(2, ranks.states_kept, sample_corpus.folder.parent, tmp_path, ds, kept_once)
         for kept_once in (True, False)
