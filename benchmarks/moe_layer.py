@@ -70,11 +70,12 @@ def measure(sizes: tuple[int, ...], arguments: argparse.Namespace) -> dict[str, 
     torch.manual_seed(0)
     peers.start_process_group()
     wanted = [name for name in (*OURS, *peers.PEERS) if name in (arguments.contenders or [name]) or name == DENSE]
-    layers = {n: _ours(n, shape, dtype, device) if n in OURS else peers.build(n, shape, dtype, device) for n in wanted}
+    build = {**dict.fromkeys(OURS, _ours), **dict.fromkeys(peers.PEERS, _peer)}
+    layers = {name: build[name](name, shape, dtype, device) for name in wanted}
     seconds: dict[str, list[float]] = {name: [] for name in (*layers, "peak", "copy")}
     for round_ in range(arguments.warm_up + arguments.rounds):
         x_TD = torch.randn(shape.tokens, shape.hidden).to(device, dtype)
-        found = {name: _seconds(layer, x_TD) for name, layer in layers.items()}
+        found = {name: _seconds(*layer, x_TD) for name, layer in layers.items()}
         found |= {"peak": matmul_flops(device, yardstick, seconds=0.2), "copy": _copy_bandwidth(device)}
         if round_ >= arguments.warm_up:
             for name, value in found.items():
@@ -82,7 +83,15 @@ def measure(sizes: tuple[int, ...], arguments: argparse.Namespace) -> dict[str, 
     return seconds
 
 
-def _ours(name: str, shape: Any, dtype: Any, device: Any) -> Callable[[Any], Any]:
+def _peer(name: str, shape: Any, dtype: Any, device: Any) -> tuple[Callable[[Any], Any], list[Any]]:
+    """What maps [T, D] to [T, D], and its weights."""
+    from benchmarks import peers
+
+    layer = peers.build(name, shape, dtype, device)
+    return layer, list(layer.parameters())
+
+
+def _ours(name: str, shape: Any, dtype: Any, device: Any) -> tuple[Callable[[Any], Any], list[Any]]:
     import torch
 
     from model.config import ModelConfig
@@ -96,21 +105,16 @@ def _ours(name: str, shape: Any, dtype: Any, device: Any) -> Callable[[Any], Any
     )  # fmt: skip
     layer = MoELayer(config, ExpertParallel(), 0).to(device, dtype)
     valid_T = torch.ones(shape.tokens, dtype=torch.bool, device=device)
-
-    def run(x_TD: Any) -> Any:
-        return layer(x_TD, valid_T, ~valid_T)[0]
-
-    run.parameters = layer.parameters  # type: ignore[attr-defined]
-    return run
+    return lambda x_TD: layer(x_TD, valid_T, ~valid_T)[0], list(layer.parameters())
 
 
-def _seconds(layer: Any, x_TD: Any) -> float:
+def _seconds(layer: Callable[[Any], Any], weights: list[Any], x_TD: Any) -> float:
     """Forward and backward, to the input and to all weights."""
     from training.peak import wait
 
     x_TD = x_TD.clone().requires_grad_()
-    for parameter in layer.parameters():
-        parameter.grad = None
+    for weight in weights:
+        weight.grad = None
     wait(x_TD.device)
     start = time.perf_counter()
     y_TD = layer(x_TD)

@@ -49,7 +49,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY  # as ranks of `m6 train` have it
     prepare_extensions()
-    with tempfile.TemporaryDirectory(dir=".") as swap:
+    (ROOT / "runs").mkdir(exist_ok=True)  # which git ignores, should this be killed
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as swap:
 
         def run(tier: str, grown: int = 1) -> dict[str, float]:
             print(f"{tier}, {grown}x experts", file=sys.stderr, flush=True)
