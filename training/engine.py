@@ -25,7 +25,7 @@ from model.experts import ExpertParallel
 from model.m6 import M6
 from model.moe import MoELayer
 from training.ds_config import DSConfig
-from training.zero import keep_once, spare_reductions
+from training.zero import keep_once, spare_passes
 
 Batch = dict[str, Tensor]
 
@@ -65,7 +65,6 @@ class Engine:
     def __init__(self, config: DSConfig, seed: int):
         self.config = config
         self.parallel = expert_parallel_groups(config.expert_parallel)
-        spare_reductions()
         tier = None if config.parameter_tier == "none" else config.parameter_tier
         with deepspeed.zero.Init(config_dict_or_path=config.values, remote_device=tier):
             model = M6(config.model, seed, self.parallel)
@@ -79,6 +78,7 @@ class Engine:
             config=config.values,
         )
         keep_once(self.deepspeed.optimizer)
+        spare_passes(self.deepspeed.optimizer)
         self.model = model
         self.device = torch.device(get_accelerator().current_device_name())
         self.before_batch: Callable[[], None] = lambda: None  # collective; may give up the step under way by raising

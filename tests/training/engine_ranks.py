@@ -99,11 +99,10 @@ def train(
 def states_kept(data: Path, swap: Path, ds: dict[str, Any], once: bool) -> dict[str, Any]:
     """Train four steps with equal numbers kept `once` or, as DeepSpeed has it, twice: the losses, the masters after
     them, and the pairs of states that share their memory."""
-    from training import engine, zero
+    from training import engine
 
     if not once:
-        engine.keep_once = engine.spare_reductions = lambda *_: None
-        zero.stage3.reduce_scatter_coalesced = zero._reduce_scatter
+        engine.keep_once = engine.spare_passes = lambda _: None
     rank = Rank(data, swap, ds)
     losses = rank.train(0, 4)
     optimizer = rank.engine.deepspeed.optimizer
