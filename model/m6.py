@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, attention_mask
 from model.config import ModelConfig
+from model.contrast import contrastive_loss
 from model.experts import ExpertParallel
 from model.grouped import activate, few_sizes
 from model.initialise import Linear, Table, fill_normal
@@ -149,6 +150,7 @@ class M6(nn.Module):
         """Losses of a batch (see `hidden_states` for its inputs, and labels_BT: the id to predict, or IGNORE).
 
         With labels_BT: loss_B, the summed cross entropy of each row's targets (nats, fp32); targets_B, their number;
+        rows with a contrastive group (group_B, concept_B; see `model.contrast`) have one target, their partner;
         auxiliary, balance and z-loss summed over tokens; counts, routing counts [L, M, 2, E]; tokens, the number of
         valid positions. Without: logits_BV, of what follows each row's last text position.
         """
@@ -157,16 +159,18 @@ class M6(nn.Module):
         )
         x_BTD = x_BND[:, self.config.image_patches :]
         if "labels_BT" not in batch:
-            rows = torch.arange(len(x_BTD), device=x_BTD.device)
-            return {"logits_BV": self.logits(x_BTD[rows, batch["length_B"] - 1]).float()}
+            return {"logits_BV": self.logits(last_positions(x_BTD, batch["length_B"])).float()}
         labels_BT = batch["labels_BT"]
         chosen_BT = labels_BT != IGNORE
         loss_S = self._cross_entropy(x_BTD[chosen_BT], labels_BT[chosen_BT])
         # Not index_add, whose order of additions is not fixed on GPUs.
         loss_B = loss_S.new_zeros(chosen_BT.shape).masked_scatter(chosen_BT, loss_S).sum(1)
+        if "group_B" in batch:
+            summed_up_BD = last_positions(x_BTD, batch["length_B"])
+            loss_B = loss_B + contrastive_loss(summed_up_BD, batch["has_image_B"], batch["group_B"], batch["concept_B"])
         return {
             "loss_B": loss_B,
-            "targets_B": chosen_BT.sum(1),
+            "targets_B": target_counts(batch),
             "auxiliary": auxiliary,
             "counts": counts,
             "tokens": valid_BN.sum(),
@@ -177,3 +181,14 @@ class M6(nn.Module):
         short = few_sizes(max(len(x_SD), 1), x_SD) - len(x_SD)
         logits_SV = self.logits(F.pad(x_SD, (0, 0, 0, short))).float()
         return F.cross_entropy(logits_SV, F.pad(label_S, (0, short)), reduction="none")[: len(x_SD)]
+
+
+def last_positions(x_BTD: Tensor, length_B: Tensor) -> Tensor:
+    """Each row's last text position, [B, D]."""
+    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), length_B - 1]
+
+
+def target_counts(batch: dict[str, Tensor]) -> Tensor:
+    """How many each row of a batch has to predict, [B]: tokens, or the partner of its contrastive group."""
+    counts_B = (batch["labels_BT"] != IGNORE).sum(1)
+    return counts_B + (batch["group_B"] >= 0) if "group_B" in batch else counts_B

@@ -26,10 +26,10 @@ WIDTH_MULTIPLE = 8  # text positions of a batch are rounded up to this: few shap
 
 
 class Collator:
-    """Rows -> the tensors that `model.m6.M6` takes."""
+    """Rows -> the tensors that `model.m6.M6` takes. Each `block` rows with a concept, as they come, are a group."""
 
-    def __init__(self, corpus: Corpus, model: ModelConfig):
-        self.corpus, self.model = corpus, model
+    def __init__(self, corpus: Corpus, model: ModelConfig, block: int = 1):
+        self.corpus, self.model, self.block = corpus, model, block
         _check(corpus, model)
 
     def __call__(self, rows: Sequence[Row], width: int, size: int | None = None) -> Batch:
@@ -44,18 +44,27 @@ class Collator:
             np.zeros(size, bool),
         )
         image_BPC = np.zeros((size, model.image_patches, model.image_channels), np.float32)
+        group_B, concept_B = self._groups(rows, size)
         for i, row in enumerate(rows):
-            text = [*row.source, tokenizer.bos_id, *row.target[:-1]]
+            start = tokenizer.bos_id if row.concept is None else tokenizer.embed_id
+            text = [*row.source, start, *row.target[:-1]]
             source_B[i], length_B[i] = len(row.source), len(text)
             tokens_BT[i, : len(text)] = text
-            labels_BT[i, len(row.source) : len(text)] = row.target
+            labels_BT[i, len(row.source) : len(row.source) + len(row.target)] = row.target
             if row.picture is not None:
                 has_image_B[i], image_BPC[i] = True, self._picture(row.picture)
         arrays = {
             "tokens_BT": tokens_BT, "labels_BT": labels_BT, "source_B": source_B, "length_B": length_B,
-            "image_BPC": image_BPC, "has_image_B": has_image_B,
+            "image_BPC": image_BPC, "has_image_B": has_image_B, "group_B": group_B, "concept_B": concept_B,
         }  # fmt: skip
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _groups(self, rows: Sequence[Row], size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Contrastive group and concept of each row, [size] int64; -1 without one."""
+        concept_B = np.full(size, -1, np.int64)
+        concept_B[: len(rows)] = [-1 if row.concept is None else row.concept for row in rows]
+        own_B = concept_B >= 0
+        return np.where(own_B, (own_B.cumsum() - 1) // self.block, -1), concept_B
 
     def _picture(self, view: View) -> np.ndarray:
         if self.model.image_input == "features":

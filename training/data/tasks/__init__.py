@@ -2,9 +2,13 @@
 
 from training.data.tasks.base import Row, Task, View
 from training.data.tasks.caption import Caption
+from training.data.tasks.contrast import Contrast
 from training.data.tasks.denoise import Denoise, ImageDenoise
+from training.data.tasks.match import Match
 from training.data.tasks.writing import Language, Poem, Review
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Caption, ImageDenoise, Denoise, Language, Poem, Review)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Caption, Match, Contrast, ImageDenoise, Denoise, Language, Poem, Review)
+}
 
 __all__ = ["TASKS", "Row", "Task", "View"]
