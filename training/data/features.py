@@ -146,6 +146,11 @@ def augmented(image: Image.Image, k: int, mirrorable: bool = True, square_side: 
     return square
 
 
+def as_array(square: Image.Image) -> np.ndarray:
+    """An RGB image as float32 [3, side, side] in [-1, 1]."""
+    return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
 def load_published_weights(pickled: bytes) -> EfficientNetLite0:
     """The network from the state dict of the published package, read without unpickling objects."""
     state = torch.load(io.BytesIO(pickled), map_location="cpu", weights_only=True)

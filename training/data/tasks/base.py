@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Row:
 
     source: list[int]
     target: list[int]
-    picture: View | None = None
+    picture: Any = None  # a View of the corpus' pictures; None without one
     concept: int | None = None  # from 0; equal for rows that mean the same
 
 
