@@ -167,9 +167,9 @@ class M6(nn.Module):
         `room`: tokens that each row can be extended by; `entries`: those of the vocabulary whose logits are wanted.
         Raises ValueError where a row would grow longer than the model's positions.
         """
-        longest = int(batch["length_B"].max()) + room
-        if longest > (most := self.config.max_positions):
-            raise ValueError(f"room={room}: {longest} text positions would be needed, and the model has {most}")
+        longest, most = int(batch["length_B"].max()), self.config.max_positions
+        if longest + room > most:
+            raise ValueError(f"a row of {longest} text positions has no room for {room} more: the model has {most}")
         x_BND, image_BN, source_BN, valid_BN = self._embed(
             batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]
         )

@@ -34,9 +34,7 @@ def draw(logits_WV: Tensor, temperature: float, top_k: int | None, top_p: float,
     sampling, arXiv 1904.09751). One number is drawn for each line, on the generator's device, so that the same
     generator gives the same tokens on every device.
     """
-    vocab = logits_WV.shape[1]
-    # Sorted, likeliest first.
-    logits_WK, token_WK = (logits_WV / temperature).topk(min(top_k or vocab, vocab))
+    logits_WK, token_WK = _candidates(logits_WV / temperature, top_k, sort=top_p < 1)
     cumulative_WK = logits_WK.double().softmax(-1).cumsum(-1)
     before_WK = torch.nn.functional.pad(cumulative_WK[:, :-1], (1, 0))
     kept_W1 = (before_WK < top_p).sum(-1, keepdim=True)
@@ -44,3 +42,11 @@ def draw(logits_WV: Tensor, temperature: float, top_k: int | None, top_p: float,
     lot_W1 = torch.rand(len(logits_WV), 1, dtype=torch.float64, device=generator.device, generator=generator)
     index_W1 = torch.searchsorted(cumulative_WK, lot_W1.to(mass_W1) * mass_W1, right=True)
     return token_WK.gather(1, index_W1.minimum(kept_W1 - 1))[:, 0]
+
+
+def _candidates(logits_WV: Tensor, top_k: int | None, sort: bool) -> tuple[Tensor, Tensor]:
+    """Logits and tokens, the `top_k` likeliest first, or all; not sorted where it is not needed: that takes longest."""
+    vocab = logits_WV.shape[1]
+    if top_k is None and not sort:
+        return logits_WV, torch.arange(vocab, device=logits_WV.device).expand_as(logits_WV)
+    return logits_WV.topk(min(top_k or vocab, vocab))
