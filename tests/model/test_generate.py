@@ -79,7 +79,8 @@ def test_the_likeliest_tokens_are_those_without_a_cache(config: ModelConfig):
     model, batch = build(config), prompts(config)
     settings = Decoding(room=ROOM + 3, vocabulary=range(config.text_vocab), end=None)
     expected = [naive(model, batch, row, settings.room, config.text_vocab, end=-1) for row in range(5)]
-    assert tokens(generate(model, batch, settings)) == expected
+    # Drops nothing, though a model in training would.
+    assert tokens(generate(model.train(), batch, settings)) == expected
     # An end that the rows come to at different times, one at once.
     end = expected[0][0]
     stopped = [row[: row.index(end)] if end in row else row for row in expected]
