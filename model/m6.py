@@ -177,9 +177,15 @@ class M6(nn.Module):
         cache = Cache.empty(self.config, valid_BN, batch["length_B"], room, x_BND.dtype)
         x_BND, *_ = self._run_layers(x_BND, attention_mask(source_BN, valid_BN), image_BN, valid_BN, cache)
         cache.filled = valid_BN.shape[1]
-        rows = torch.arange(len(x_BND), device=x_BND.device)
-        x_BD = x_BND[rows, self.config.image_patches + batch["length_B"] - 1]
+        x_BD = last_positions(x_BND[:, self.config.image_patches :], batch["length_B"])
         return self.logits(x_BD, entries).float(), cache
+
+    def summaries(self, batch: dict[str, Tensor]) -> Tensor:
+        """Hidden states [B, D] of each row's last text position, such as `model.contrast` compares."""
+        x_BND, *_ = self.hidden_states(
+            batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]
+        )
+        return last_positions(x_BND[:, self.config.image_patches :], batch["length_B"])
 
     @torch.no_grad()
     def extend(self, token_B: Tensor, cache: Cache, entries: range | None = None) -> Tensor:

@@ -217,7 +217,7 @@ def load_exported(
 
 
 def load_checkpoint(path: Path) -> tuple[M6, Recipe]:
-    """The fp32 model of a checkpoint, ready for inference on the first GPU or the CPU, and the recipe it was trained by.
+    """The fp32 model of a checkpoint, ready for inference on the first GPU or the CPU, and the recipe of its training.
 
     Raises UserError if it is damaged.
     """

@@ -1,8 +1,8 @@
 """A trained run at work, in plain torch without process groups.
 
-    from training import M6
-    m = M6.load("quickstart")
-    m.caption("cup.png")
+from training import M6
+m = M6.load("quickstart")
+m.caption("cup.png")
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from model.config import ModelConfig
 from model.contrast import embed
 from model.decoding import Decoding, generate
 from model.m6 import M6 as Network
 from model.trie import Trie
-from training.data.batches import WIDTH_MULTIPLE, Batch, Batcher, picture_side, pixel_patches
+from training.data.batches import Batch, Batcher, picture_side, pixel_patches
 from training.data.features import PatchFeatures, as_array, augmented
 from training.data.images import read_image
 from training.data.rows import clean, clean_lines
@@ -123,7 +122,10 @@ class M6:
     # ---- words
 
     def write(self, prompt: str, style: Style | None = None, tell: Callable[[str], object] | None = None) -> str:
-        """A text for a prompt, such as 写一首诗。题目：春晓。作者：孟浩然。; `tell` is handed each piece as it is written."""
+        """A text for a prompt, such as 写一首诗。题目：春晓。作者：孟浩然。
+
+        `tell` is handed each piece of it as it is written.
+        """
         style = style or Style()
         settings = self._settings(
             style.tokens, temperature=style.temperature, top_p=style.top_p if style.temperature else 1.0,
@@ -204,11 +206,9 @@ class M6:
             return picture
         try:
             return read_image(picture if isinstance(picture, bytes) else Path(picture).read_bytes())
-        except OSError as error:
-            raise UserError(f"{picture}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            name = "the picture" if isinstance(picture, bytes) else picture
-            raise UserError(f"{name}: {error}") from None
+        except (OSError, ValueError) as error:
+            name = "the picture" if isinstance(picture, bytes) else str(picture)
+            raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
     def _look(self, picture: Image.Image) -> np.ndarray:
         if self.features:
