@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE = 0.05
+WORTH = 8  # tokens to say: what finding one partner weighs in a batch's loss
 
 
 def embed(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import Attention, attention_mask
 from model.cache import Cache, LayerCache
 from model.config import ModelConfig
-from model.contrast import contrastive_loss
+from model.contrast import WORTH, contrastive_loss
 from model.experts import ExpertParallel
 from model.grouped import activate, few_sizes
 from model.initialise import Linear, Table, fill_normal
@@ -206,7 +206,8 @@ class M6(nn.Module):
         """Losses of a batch (see `hidden_states` for its inputs, and labels_BT: the id to predict, or IGNORE).
 
         With labels_BT: loss_B, the summed cross entropy of each row's targets (nats, fp32); targets_B, their number;
-        rows with a contrastive group (group_B, concept_B; see `model.contrast`) have one target, their partner;
+        rows with a contrastive group (group_B, concept_B; see `model.contrast`) have their partner to find, as WORTH
+        targets;
         auxiliary, balance and z-loss summed over tokens; counts, routing counts [L, M, 2, E]; tokens, the number of
         valid positions. Without: logits_BV, of what follows each row's last text position.
         """
@@ -223,7 +224,8 @@ class M6(nn.Module):
         loss_B = loss_S.new_zeros(chosen_BT.shape).masked_scatter(chosen_BT, loss_S).sum(1)
         if "group_B" in batch:
             summed_up_BD = last_positions(x_BTD, batch["length_B"])
-            loss_B = loss_B + contrastive_loss(summed_up_BD, batch["has_image_B"], batch["group_B"], batch["concept_B"])
+            found_B = contrastive_loss(summed_up_BD, batch["has_image_B"], batch["group_B"], batch["concept_B"])
+            loss_B = loss_B + WORTH * found_B
         return {
             "loss_B": loss_B,
             "targets_B": target_counts(batch),
@@ -245,6 +247,6 @@ def last_positions(x_BTD: Tensor, length_B: Tensor) -> Tensor:
 
 
 def target_counts(batch: dict[str, Tensor]) -> Tensor:
-    """How many each row of a batch has to predict, [B]: tokens, or the partner of its contrastive group."""
+    """How many each row of a batch has to predict, [B]: tokens, or its partner (WORTH)."""
     counts_B = (batch["labels_BT"] != IGNORE).sum(1)
-    return counts_B + (batch["group_B"] >= 0) if "group_B" in batch else counts_B
+    return counts_B + WORTH * (batch["group_B"] >= 0) if "group_B" in batch else counts_B

@@ -33,7 +33,7 @@ from training.errors import UserError
 # Said in the ds_config's "m6" block, beside the parallelism that they belong to.
 DS_CONFIG_KEYS = ("capacity", "capacity_factor")
 # Those of training.data.tasks, whose import would take seconds.
-TASK_NAMES = ("caption", "contrast", "denoise", "image_denoise", "language", "match", "poem", "review")
+TASK_NAMES = ("ask", "caption", "contrast", "denoise", "image_denoise", "language", "match", "poem", "review")
 
 _SHAPE = TypeAdapter(ModelConfig)
 # Products of two stay positions, which are 64-bit integers.

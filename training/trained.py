@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 
 from model.config import ModelConfig
@@ -80,6 +81,14 @@ class M6:
     @property
     def shape(self) -> ModelConfig:
         return self.network.config
+
+    @property
+    def identity(self) -> str:
+        """Equal for equal weights."""
+        digest = xxhash.xxh3_128()
+        for weight in self.network.state_dict().values():
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     # ---- pictures into words
 

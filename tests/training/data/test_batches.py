@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model.config import ModelConfig
+from model.contrast import WORTH
 from model.m6 import IGNORE, M6
 from training.data.batches import WIDTH_MULTIPLE, Collator, StepBatches
 from training.data.features import AUGMENTATIONS, IMAGE_SIZE, augmented
@@ -242,4 +243,4 @@ def test_rows_with_a_concept_are_summed_up_and_grouped(collate, shape):
     assert batch["tokens_BT"][:2, :3].tolist() == [[tokenizer.embed_id, 0, 0], [50, 51, tokenizer.embed_id]]
     assert batch["length_B"].tolist()[:3] == [1, 3, 2] and batch["source_B"].tolist()[:2] == [0, 2]
     assert (batch["labels_BT"][:2] == IGNORE).all()
-    assert M6(shape)(batch)["targets_B"].tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
+    assert M6(shape)(batch)["targets_B"].tolist() == [WORTH, WORTH, 1, WORTH, WORTH, WORTH, WORTH, 0]

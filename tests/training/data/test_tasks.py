@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from training.data.order import random_at
 from training.data.tasks import TASKS, View
+from training.data.tasks.ask import KIND, WHAT, plain_questions
+from training.data.tasks.ask import NO as THERE_IS_NONE
+from training.data.tasks.ask import YES as THERE_IS
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS, Caption, full_text
 from training.data.tasks.contrast import picture_words
 from training.data.tasks.denoise import MASKED_SHARE, mask_spans, window
@@ -17,7 +20,7 @@ from training.data.tasks.writing import poem_prompt, review_prompt
 LAW = settings(deadline=None, derandomize=True)
 MASK = -1
 SPLITS = ("train", "validation")
-PICTURED = ("caption", "contrast", "image_denoise", "match")
+PICTURED = ("ask", "caption", "contrast", "image_denoise", "match")
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +251,32 @@ def test_fine_pieces_are_the_same_text_and_of_single_characters(tasks, text, chi
     assert tokenizer.decode(tokenizer.encode_finely(text)) == text
     alone = [piece for character in chinese for piece in tokenizer.encode(character)]
     assert tokenizer.encode_finely(chinese) == alone
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_have_the_answers_of_the_pictures_own_words(tasks, sample_corpus, split):
+    task = tasks["ask", split]
+    kinds = dict.fromkeys(("what", "kind", "there is", "there is none", "plain"), 0)
+    for position in range(600):
+        item = int(task.pool[position % len(task.pool)])
+        picture, row = sample_corpus.picture(item), task.row(item, 48, random_at(1, position))
+        question, answer = task.tokenizer.decode(row.source), task.tokenizer.decode(row.target)
+        if row.picture is None:
+            kinds["plain"] += 1
+            assert (question, answer) in [(q.text, q.answer) for q in plain_questions(picture)]
+        elif question == WHAT:
+            kinds["what"] += answer == picture.zh
+        elif question == KIND:
+            kinds["kind"] += answer == picture.group
+        else:
+            tag = question.removeprefix("图里有没有").removesuffix("?")
+            assert answer == (THERE_IS if tag in picture.tags else THERE_IS_NONE)
+            kinds["there is" if answer == THERE_IS else "there is none"] += 1
+    assert sum(kinds.values()) == 600 and kinds["plain"] == pytest.approx(180, abs=45)
+    assert min(kinds.values()) > 40
+
+
+def test_a_picture_without_words_is_asked_what_it_is(tasks, sample_corpus):
+    bare = replace(sample_corpus.picture(0), group="", tags=[], en="")
+    assert plain_questions(bare) == []
+    assert [q.text for q in tasks["ask", "train"].questions(bare, random_at(1, 0))] == [WHAT]
