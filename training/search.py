@@ -90,9 +90,7 @@ class Index:
         new = [name for name in found if name not in known]
         kept = list(known.values())
         entries = [self.entries[place] for place in kept]
-        vectors = (
-            [] if self.image_ND is None or self.details_ND is None else [(self.image_ND[kept], self.details_ND[kept])]
-        )
+        vectors = [(self.vectors[0][kept], self.vectors[1][kept])] if self.vectors else []
         for start in range(0, len(new), BATCH):
             own, images = self._read([found[name] for name in new[start : start + BATCH]])
             if images:
