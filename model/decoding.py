@@ -186,7 +186,7 @@ class _Reader:
     def read(self, from_W: Tensor, token_W: Tensor) -> Tensor:
         """Logits [W, V] of what follows the token, in lines that go on from lines `from_W`."""
         if self.settings.beams > 1:
-            self.cache = self.cache.select(self._of_all_sides(from_W))
+            self.cache.reorder(self._of_all_sides(from_W))
         token = token_W.repeat(len(self.sides))
         return self._guided(self.model.extend(token, self.cache, self.settings.vocabulary))
 

@@ -54,7 +54,7 @@ def test_16_bit_logits_stay_near_the_full_pass(config: ModelConfig):
 
 @every_config
 def test_selected_rows_go_on_as_they_would_have(config: ModelConfig):
-    """Reordered, repeated and left out, as beams do it."""
+    """In another order, repeated and left out."""
     model, batch, said_BS = build(config), prompts(config), random_tokens(config, 5)
     _, cache = model.prefill(batch, ROOM)
     model.extend(said_BS[:, 0], cache)
@@ -68,6 +68,21 @@ def test_selected_rows_go_on_as_they_would_have(config: ModelConfig):
     # What it was chosen from is as it was.
     untouched_BV = model.extend(said_BS[:, 1], cache)
     torch.testing.assert_close(untouched_BV, model(continued(batch, said_BS[:, :2]))["logits_BV"], **TOLERANCE)
+
+
+@every_config
+def test_lines_of_one_prompt_go_on_from_each_other(config: ModelConfig):
+    model, two = build(config), {name: value[:2] for name, value in prompts(config).items()}
+    rows = torch.tensor([0, 0, 0, 1, 1])
+    batch, said_BS = {name: value[rows] for name, value in two.items()}, random_tokens(config, 5)
+    cache = model.prefill(two, ROOM)[1].select(rows)
+    for step in range(3):
+        model.extend(said_BS[:, step], cache)
+    from_B = torch.tensor([2, 0, 2, 4, 4])
+    cache.reorder(from_B)
+    said_BS = torch.cat((said_BS[from_B, :3], said_BS[:, 3:]), 1)
+    after_BV = model.extend(said_BS[:, 3], cache)
+    torch.testing.assert_close(after_BV, model(continued(batch, said_BS[:, :4]))["logits_BV"], **TOLERANCE)
 
 
 def test_logits_of_some_entries_are_those_of_all():
