@@ -5,7 +5,7 @@ Shape suffixes: B rows, H heads, K columns of the cache, N new columns, d head s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class Cache:
     kv_L2BHKd: Tensor  # columns from `filled` on hold nothing yet
     seen_BK: Tensor  # bool: all columns but the prompt's padding
     length_B: Tensor  # text positions of each row, so the position of its next token
+    prompt: int  # columns of it
     filled: int = 0
 
     @classmethod
@@ -47,7 +48,9 @@ class Cache:
         seen_BK = F.pad(valid_BN, (0, room), value=True)
         rows, columns = seen_BK.shape
         shape = (config.layers, 2, rows, config.heads, columns, config.hidden // config.heads)
-        return cls(torch.empty(shape, dtype=dtype, device=valid_BN.device), seen_BK, length_B.clone())
+        return cls(
+            torch.empty(shape, dtype=dtype, device=valid_BN.device), seen_BK, length_B.clone(), valid_BN.shape[1]
+        )
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self.kv_L2BHKd[number], self.filled)
@@ -64,6 +67,18 @@ class Cache:
 
     def select(self, rows: Tensor) -> Cache:
         """A cache of these rows [B'], in this order, each as often as it is named."""
-        kv_L2BHKd = self.kv_L2BHKd.new_empty((*self.kv_L2BHKd.shape[:2], len(rows), *self.kv_L2BHKd.shape[3:]))
-        kv_L2BHKd[..., : self.filled, :] = self.kv_L2BHKd[..., : self.filled, :].index_select(2, rows)
-        return Cache(kv_L2BHKd, self.seen_BK[rows], self.length_B[rows], self.filled)
+        return replace(
+            self,
+            kv_L2BHKd=self.kv_L2BHKd.index_select(2, rows),
+            seen_BK=self.seen_BK[rows],
+            length_B=self.length_B[rows],
+        )
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has said [B], in place; both must have begun as one prompt.
+
+        That prompt need not be copied, which is most of a cache.
+        """
+        for kv_2BHKd in self.kv_L2BHKd:
+            said_2BHKd = kv_2BHKd[:, :, :, self.prompt : self.filled]
+            said_2BHKd.copy_(said_2BHKd.index_select(1, rows))

@@ -186,7 +186,7 @@ class _Reader:
     def read(self, from_W: Tensor, token_W: Tensor) -> Tensor:
         """Logits [W, V] of what follows the token, in lines that go on from lines `from_W`."""
         if self.settings.beams > 1:
-            self.cache = self.cache.select(self._of_all_sides(from_W))
+            self.cache.reorder(self._of_all_sides(from_W))
         token = token_W.repeat(len(self.sides))
         return self._guided(self.model.extend(token, self.cache, self.settings.vocabulary))
 
@@ -215,7 +215,7 @@ class _Lines:
     def __init__(self, settings: Decoding, trie: Trie | None, rows: int, device: torch.device):
         self.settings, self.trie, self.rows = settings, trie, rows
         self.first = settings.vocabulary.start
-        self.end = None if settings.end is None else settings.end - self.first
+        self.end = -1 if settings.end is None else settings.end - self.first  # -1: no entry
         size = rows * settings.lines
         self.said_WS = torch.zeros(size, 0, dtype=torch.int64, device=device)  # entries of the settings' vocabulary
         self.length_W = torch.zeros(size, dtype=torch.int64, device=device)  # of what was said, with the end

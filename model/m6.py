@@ -176,7 +176,7 @@ class M6(nn.Module):
         )
         cache = Cache.empty(self.config, valid_BN, batch["length_B"], room, x_BND.dtype)
         x_BND, *_ = self._run_layers(x_BND, attention_mask(source_BN, valid_BN), image_BN, valid_BN, cache)
-        cache.filled = valid_BN.shape[1]
+        cache.filled = cache.prompt
         x_BD = last_positions(x_BND[:, self.config.image_patches :], batch["length_B"])
         return self.logits(x_BD, entries).float(), cache
 

@@ -1,7 +1,5 @@
 """Decoding with a cache of keys and values against the full pass without one."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,31 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.m6 import M6
-from tests.model.samples import DENSE, TINY, randomise_biases, sample_batch
-
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # fp32, sums in another order
-CONFIGS = {
-    "dense": DENSE,
-    "prototypes": dataclasses.replace(TINY, capacity="1x", capacity_factor=0.5),
-    "top-k": dataclasses.replace(TINY, routing="top-k", gated_experts=True),
-    "shared": dataclasses.replace(TINY, share_layers=True, layers=3),
-    "text alone": dataclasses.replace(TINY, image_patches=0),
-}
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-ROOM = 5
-
-
-def build(config: ModelConfig, dtype: torch.dtype = torch.float32) -> M6:
-    model = M6(config).eval()
-    randomise_biases(model)
-    return model.to(dtype)
-
-
-def prompts(config: ModelConfig, rows: int = 5, text: int = 9, seed: int = 0) -> dict[str, Tensor]:
-    batch = sample_batch(config, rows, text, seed)
-    del batch["labels_BT"]
-    return batch
+from tests.model.prompts import ROOM, TOLERANCE, build, every_config, prompts
+from tests.model.samples import DENSE, TINY
 
 
 def continued(batch: dict[str, Tensor], said_BS: Tensor) -> dict[str, Tensor]:
@@ -79,7 +54,7 @@ def test_16_bit_logits_stay_near_the_full_pass(config: ModelConfig):
 
 @every_config
 def test_selected_rows_go_on_as_they_would_have(config: ModelConfig):
-    """Reordered, repeated and left out, as beams do it."""
+    """In another order, repeated and left out."""
     model, batch, said_BS = build(config), prompts(config), random_tokens(config, 5)
     _, cache = model.prefill(batch, ROOM)
     model.extend(said_BS[:, 0], cache)
@@ -93,6 +68,21 @@ def test_selected_rows_go_on_as_they_would_have(config: ModelConfig):
     # What it was chosen from is as it was.
     untouched_BV = model.extend(said_BS[:, 1], cache)
     torch.testing.assert_close(untouched_BV, model(continued(batch, said_BS[:, :2]))["logits_BV"], **TOLERANCE)
+
+
+@every_config
+def test_lines_of_one_prompt_go_on_from_each_other(config: ModelConfig):
+    model, two = build(config), {name: value[:2] for name, value in prompts(config).items()}
+    rows = torch.tensor([0, 0, 0, 1, 1])
+    batch, said_BS = {name: value[rows] for name, value in two.items()}, random_tokens(config, 5)
+    cache = model.prefill(two, ROOM)[1].select(rows)
+    for step in range(3):
+        model.extend(said_BS[:, step], cache)
+    from_B = torch.tensor([2, 0, 2, 4, 4])
+    cache.reorder(from_B)
+    said_BS = torch.cat((said_BS[from_B, :3], said_BS[:, 3:]), 1)
+    after_BV = model.extend(said_BS[:, 3], cache)
+    torch.testing.assert_close(after_BV, model(continued(batch, said_BS[:, :4]))["logits_BV"], **TOLERANCE)
 
 
 def test_logits_of_some_entries_are_those_of_all():

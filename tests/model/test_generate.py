@@ -12,13 +12,17 @@ from model.config import ModelConfig
 from model.decoding import Answer, Decoding, generate, score
 from model.m6 import IGNORE, M6
 from model.trie import Trie
-from tests.model.samples import sample_batch
-from tests.model.test_cache import CONFIGS, ROOM, TOLERANCE, build, every_config, prompts
-from tests.model.test_decoding import naive
+from tests.model.prompts import CONFIGS, TOLERANCE, build, every_config, prompts
+from tests.model.samples import TINY, sample_batch
+from training.data.batches import Collator
+from training.data.corpus import Corpus
+from training.data.tasks import Row, View
+from training.data.tasks.caption import ASK_NAME
 
 END = 2
 FEW = Decoding(room=3, vocabulary=range(1, 5), end=END)  # so few answers that all can be tried
 ALL = Decoding(room=6, vocabulary=range(CONFIGS["prototypes"].vocab), end=END)
+MATCHING = {"max_positions": 64, "image_patches": 16, "image_channels": 1280}  # as the corpus has them
 ANSWERS = [[5, 9], [5, 9, 3, 3], [5], [70, 3, 3, 3, 3], [127, 0], []]
 
 
@@ -39,6 +43,18 @@ def next_log_probabilities(
         logits.append(model(one)["logits_BV"][0, settings.vocabulary.start : settings.vocabulary.stop])
     guided = logits[0] if twin is None else logits[1] + settings.guidance * (logits[0] - logits[1])
     return guided.log_softmax(0).tolist()
+
+
+def likeliest(model: M6, batch: dict[str, Tensor], row: int, settings: Decoding) -> list[int]:
+    """Greedily, by the full pass for each token."""
+    said: list[int] = []
+    while len(said) < settings.room:
+        logs = next_log_probabilities(model, batch, row, said, settings, None)
+        token = settings.vocabulary[max(range(len(logs)), key=logs.__getitem__)]
+        if token == settings.end:
+            break
+        said.append(token)
+    return said
 
 
 @torch.no_grad()
@@ -77,8 +93,8 @@ def tokens(found: list[list[Answer]]) -> list[list[int]]:
 @torch.no_grad()
 def test_the_likeliest_tokens_are_those_without_a_cache(config: ModelConfig):
     model, batch = build(config), prompts(config)
-    settings = Decoding(room=ROOM + 3, vocabulary=range(config.text_vocab), end=None)
-    expected = [naive(model, batch, row, settings.room, config.text_vocab, end=-1) for row in range(5)]
+    settings = Decoding(room=8, vocabulary=range(config.text_vocab), end=None)
+    expected = [likeliest(model, batch, row, settings) for row in range(5)]
     # Drops nothing, though a model in training would.
     assert tokens(generate(model.train(), batch, settings)) == expected
     # An end that the rows come to at different times, one at once.
@@ -100,15 +116,11 @@ def test_the_model_is_called_until_all_rows_have_ended(model: M6, monkeypatch: p
     assert said == [free[0][: free[0].index(free[0][2])]] and len(calls) == len(said[0])
 
 
+@torch.no_grad()
 def test_image_codes_alone_are_said_where_they_are_asked_for(model: M6):
     batch, config = prompts(model.config), model.config
     settings = Decoding(room=4, vocabulary=range(config.text_vocab, config.vocab), end=None)
-    for row, answers in enumerate(generate(model, batch, settings)):
-        said: list[int] = []
-        for _ in range(4):
-            logs = next_log_probabilities(model, batch, row, said, settings, None)
-            said.append(config.text_vocab + max(range(config.image_codes), key=logs.__getitem__))
-        assert answers[0].tokens == said
+    assert tokens(generate(model, batch, settings)) == [likeliest(model, batch, row, settings) for row in range(5)]
 
 
 def test_tokens_are_told_as_they_are_said(model: M6):
@@ -158,19 +170,8 @@ def test_narrow_beams_are_those_of_a_plain_search(model: M6, beams: int):
     found = generate(model, batch, settings)
     same(found, [plain_beam(model, batch, row, settings) for row in range(5)])
     if beams == 1:
-        expected = [naive_few(model, batch, row, settings) for row in range(5)]
+        expected = [likeliest(model, batch, row, settings) for row in range(5)]
         assert tokens(found) == expected
-
-
-def naive_few(model: M6, batch: dict[str, Tensor], row: int, settings: Decoding) -> list[int]:
-    said: list[int] = []
-    while len(said) < settings.room:
-        logs = next_log_probabilities(model, batch, row, said, settings, None)
-        token = settings.vocabulary[max(range(len(logs)), key=logs.__getitem__)]
-        if token == settings.end:
-            break
-        said.append(token)
-    return said
 
 
 def twin_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,6 +217,23 @@ def test_beams_rank_given_answers_as_their_scores_do(model: M6):
     score_BA = score(model, candidates(batch, ANSWERS), rows=7).view(5, -1).tolist()
     ranked = [sorted(map(Answer, ANSWERS, scores), key=lambda answer: -answer.score) for scores in score_BA]
     same(found, ranked)
+
+
+def test_pictures_are_named_by_the_names_that_there_are(sample_corpus: Corpus):
+    """Real pictures and words: the cache with its beams ranks as whole passes over each candidate do."""
+    encode, end = sample_corpus.tokenizer.encode, sample_corpus.tokenizer.eos_id
+    pool = sample_corpus.picture_rows("validation")[:3].tolist()
+    names = sorted({sample_corpus.picture(row).zh for row in sample_corpus.picture_rows("train").tolist()})
+    answers = [encode(name) for name in names]
+    model = M6(dataclasses.replace(TINY, **MATCHING, text_vocab=sample_corpus.tokenizer.vocab_size))
+    collate, width = Collator(sample_corpus, model.config), 40
+    questions = [Row(encode(ASK_NAME), [end], View(row, 0)) for row in pool]
+    batch = collate(questions, width)
+    beams = Decoding(16, range(model.config.vocab), end, answers=9, beams=len(answers), length_penalty=0)
+    found = generate(model, batch, beams, trie=Trie(answers, end))
+    rows = [dataclasses.replace(row, target=[*answer, end]) for row in questions for answer in answers]
+    score_BA = score(model, collate(rows, width)).view(len(pool), -1).tolist()
+    same(found, [sorted(map(Answer, answers, scores), key=lambda answer: -answer.score)[:9] for scores in score_BA])
 
 
 @pytest.mark.parametrize(
