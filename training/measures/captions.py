@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics import CHRF
@@ -53,7 +54,8 @@ def _chrf(said: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[flo
     """chrF2 of character n-grams up to 6 (Popovic 2015), of the corpus and of each caption."""
     metric = CHRF()
     most = max(map(len, references))
-    streams = [[of[i] if i < len(of) else None for of in references] for i in range(most)]
+    # None where a picture has fewer references than others, which sacrebleu takes though its types do not say so.
+    streams: list[list[Any]] = [[of[i] if i < len(of) else None for of in references] for i in range(most)]
     each = [metric.sentence_score(caption, list(of)).score for caption, of in zip(said, references, strict=True)]
     return metric.corpus_score(list(said), streams).score, np.array(each)
 
