@@ -15,12 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from training.data.corpus import Corpus
+from training.data.splits import Split
 from training.measures.bootstrap import Interval, bootstrap
 from training.measures.retrieval import Recall, retrieval
 from training.rivals.ngram import CharacterNgram
 from training.rivals.ridge import caption, fit, pooled_features
 
 STYLE = "fluent-3d"
+SPLITS: list[list[Split]] = [["train"], ["train", "validation"]]
 KINDS = {"poems": ["poem"], "reviews": ["review"], "both": ["poem", "review"]}
 
 
@@ -42,7 +44,7 @@ def _retriever(corpus: Corpus, cache: str) -> None:
     rows = corpus.picture_rows("test", style=STYLE)
     pictures = [corpus.picture(int(row)) for row in rows]
     labels, families = [p.zh for p in pictures], [p.family for p in pictures]
-    for splits in (["train"], ["train", "validation"]):
+    for splits in SPLITS:
         retriever = fit(corpus, features_ND, splits)
         for words, texts in ("label and tags", [caption(p) for p in pictures]), ("label", labels):
             found = retrieval(retriever.similarity(features_ND[rows], texts), labels, labels)
@@ -70,7 +72,8 @@ def _ngrams(corpus: Corpus) -> None:
 
 
 def _texts(corpus: Corpus, split: str, kinds: Sequence[str]) -> list[str]:
-    return [corpus.text(int(row)).text for kind in kinds for row in corpus.text_rows(split, kind)]
+    rows = np.concatenate([corpus.text_rows(split, kind) for kind in kinds])
+    return corpus.texts.data.column("text").take(rows).to_pylist()
 
 
 def _bits_per_character(model: CharacterNgram, texts: Sequence[str]) -> Interval:

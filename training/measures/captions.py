@@ -65,7 +65,8 @@ def cider_d(said: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndar
 
     The D variant: a caption's counts are clipped to the reference's, and lengths that differ are punished. Weights
     are of counts, as in the authors' code. How rare an n-gram is, is told by the references given: it is the share
-    of pictures with the n-gram in any reference, so scores of different sets of pictures cannot be compared.
+    of pictures with the n-gram in any reference, so scores of different sets of pictures cannot be compared. A
+    perfect caption of fewer than four characters gets 2.5 for each, for want of longer n-grams.
     """
     rarity = _rarity(references)
     return np.array([_cider(c, of, rarity, log(len(said))) for c, of in zip(said, references, strict=True)])

@@ -19,13 +19,13 @@ from training.data.corpus import Corpus
 from training.data.features import PatchFeatures, augmented, pixels
 from training.data.images import on_white
 from training.data.rows import Picture
+from training.data.splits import Split
 
 SIDE = 144  # pixels
 RIDGE = 3000.0
 AT_ONCE = 32  # pictures
 # Flags are named by their country, which nothing in the picture says.
 FLAGS = "旗帜"
-Split = str
 
 
 class RidgeRetriever:
