@@ -53,8 +53,8 @@ class CharacterNgram:
 
     A text's first characters have shorter contexts, which begin at its start. With `ends`, the end of a text is
     predicted as one more symbol, so that probabilities of all texts add up to 1. `alphabet` is the number of
-    characters there could be: each gets an equal share of what the unigrams leave. Raises
-    ValueError if there are more in the texts.
+    characters there could be: each gets an equal share of what the unigrams leave. Raises ValueError if there are
+    more in the texts.
     """
 
     def __init__(self, texts: Sequence[str], order: int = ORDER, ends: bool = True, alphabet: int = ALPHABET):
