@@ -215,6 +215,23 @@ def search(
     use.search(run, data, query, folder, most, sheet, as_json)
 
 
+@m6.command("eval")
+@click.option("--pairs", type=PATH, help='Pictures of your own: JSON lines {"image": …, "zh": …, "en": … or null}.')
+@click.option("--text", "texts", type=PATH, help='Texts of your own: JSON lines {"text": …, "title": …}.')
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
+@click.option("--json", "target", type=PATH, help="Write all figures to this file.")
+@RUN
+@DATA
+def evaluate(
+    pairs: Path | None, texts: Path | None, split: str, target: Path | None, run: str | None, data: Path | None
+) -> None:
+    """Measure what a run can do: on the corpus' held-out families, or on files of your own."""
+    _without_gpu()
+    from launch.evaluate import evaluate as measure
+
+    measure(run, data, pairs, texts, split, target)
+
+
 @m6.command()
 def models() -> None:
     """The model presets: shapes, parameters, and the totals that were published."""

@@ -19,7 +19,7 @@ from PIL import Image
 
 from model.config import ModelConfig
 from model.contrast import embed
-from model.decoding import Decoding, generate
+from model.decoding import Decoding, generate, score
 from model.m6 import M6 as Network
 from model.trie import Trie
 from training.data.batches import Batch, Batcher, picture_side, pixel_patches
@@ -32,6 +32,7 @@ from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.export import CONFIG, load_checkpoint, load_exported, read_description
+from training.recipe import Recipe
 from training.run import checkpoints_of, chosen_checkpoints
 
 ASK = {"zh": ASK_NAME, "en": ASK_ENGLISH, "tags": ASK_TAGS}
@@ -55,9 +56,21 @@ class Style:
 class M6:
     """The trained model, its tokenizer, and what describes pictures to it. `load` makes one."""
 
-    def __init__(self, network: Network, tokenizer: Tokenizer, features: PatchFeatures | None, text_positions: int):
-        """`features`: None for a model that takes pixels. `text_positions`: what rows had in training at the most."""
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: Tokenizer,
+        features: PatchFeatures | None,
+        text_positions: int,
+        step: int,
+        recipe: Recipe | None = None,
+    ):
+        """`features`: None for a model that takes pixels. `text_positions`: what rows had in training at the most.
+
+        `recipe`: that of the run; an export has none.
+        """
         self.network, self.tokenizer, self.features, self.text_positions = network, tokenizer, features, text_positions
+        self.step, self.recipe = step, recipe
         self.batch_of = Batcher(tokenizer, self.shape, self._look)
 
     @classmethod
@@ -70,13 +83,14 @@ class M6:
         folder = Path(run)
         if (folder / CONFIG).is_file():
             described = read_description(folder)
-            network, home, positions = load_exported(folder), folder, described.text_positions
+            network, recipe, trained = load_exported(folder), None, described.step
+            home, positions = folder, described.text_positions
         else:
-            network, recipe = load_checkpoint(chosen_checkpoints(checkpoints_of(run), step)[-1])
+            network, recipe, trained = load_checkpoint(chosen_checkpoints(checkpoints_of(run), step)[-1])
             home, positions = Path(data or recipe.data) / "corpus", recipe.text_positions
         takes_features = network.config.image_input == "features"
         features = PatchFeatures(home / "feature_network.safetensors") if takes_features else None
-        return cls(network, Tokenizer(home / "tokenizer.model"), features, positions)
+        return cls(network, Tokenizer(home / "tokenizer.model"), features, positions, trained, recipe)
 
     @property
     def shape(self) -> ModelConfig:
@@ -114,6 +128,10 @@ class M6:
         tokens = max(ANSWER_TOKENS, trie.depth if trie else 0)
         beams = max(len(choices), CAPTION_BEAMS)
         return self._answers([(question, image)], self._settings(tokens, beams=beams), trie)[0]
+
+    def answers(self, questions: Sequence[tuple[str, Picture | None]]) -> list[str]:
+        """`ask` of many, without choices; the likeliest words."""
+        return self._answers(questions, self._settings(ANSWER_TOKENS))
 
     def match(self, image: Picture, text: str) -> float:
         """How likely the model finds it that the text belongs to the picture, from 0 to 1."""
@@ -155,6 +173,23 @@ class M6:
         batch = next(self._batches([self._question(prompt, None)]))
         [[answer]] = generate(self.network, batch, settings, generator=generator, on_token=on_token)
         return self.tokenizer.decode(answer.tokens)
+
+    def bits(self, texts: Sequence[tuple[str, str]]) -> np.ndarray:
+        """float64 [n]: bits that each text, with its end, costs after its prompt ("": none).
+
+        Longer texts than the model was trained on are read in stretches of that length, each for itself.
+        """
+        rows, owner = [], []
+        for number, (prompt, text) in enumerate(texts):
+            source = self._prompt(prompt) if prompt else []
+            target = [*self.tokenizer.encode(clean_lines(text.splitlines())), self.tokenizer.eos_id]
+            room = self.text_positions - len(source)
+            for start in range(0, len(target), room):
+                rows.append(Row(source, target[start : start + room]))
+                owner.append(number)
+        found = [-score(self.network, batch) for batch in self._batches(rows, labels=True)]
+        nats = torch.cat(found).double().cpu().numpy()
+        return np.bincount(owner, nats, minlength=len(texts)) / np.log(2)
 
     # ---- search
 
@@ -202,12 +237,13 @@ class M6:
             )
         return tokens
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+    def _batches(self, rows: Sequence[Row], labels: bool = False) -> Iterator[Batch]:
         device = self.network.vocabulary.weight.device
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
-            batch = self.batch_of(part, max(len(row.source) + 1 for row in part))
-            del batch["labels_BT"]
+            batch = self.batch_of(part, max(len(row.source) + max(len(row.target), 1) for row in part))
+            if not labels:
+                del batch["labels_BT"]
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
     def _picture(self, picture: Picture) -> Image.Image:

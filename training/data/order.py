@@ -65,13 +65,17 @@ class GlobalOrder:
         return self._places[position % self.batch][0]
 
     def row(self, position: int) -> Row:
+        task = self.task_at(position)
+        return task.row(self.item(position), task.limit(self.text_positions), random_at(self.seed, position))
+
+    def item(self, position: int) -> int:
+        """What of its task's pool a position is made of."""
         step, place = divmod(position, self.batch)
         task, turn = self._places[place]
         epoch, draw = divmod(step * self.counts[task.name] + turn, len(task.pool))
         chosen, side = divmod(draw, task.sides)
         chosen = shuffled(chosen, len(task.pool) // task.sides, (self.seed, task.name, epoch))
-        item = int(task.pool[chosen * task.sides + side])
-        return task.row(item, task.limit(self.text_positions), random_at(self.seed, position))
+        return int(task.pool[chosen * task.sides + side])
 
     def width(self, start: int, stop: int) -> int:
         """Text positions that the rows of [start, stop), within one step, need at the most."""

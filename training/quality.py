@@ -1,0 +1,239 @@
+"""What a trained run can do, measured: finding, naming, answering and writing, each beside its trivial rivals.
+
+On the corpus' own held-out families and texts, or on a stranger's files. Every figure is of the whole set, with a 95 %
+interval by bootstrap over concept families (pictures) or texts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from training.data.corpus import Corpus
+from training.data.images import read_image
+from training.data.order import GlobalOrder, random_at, shuffled
+from training.data.rows import Picture, Text, clean_lines
+from training.data.tasks import TASKS
+from training.data.tasks.ask import Ask, Question, plain_questions
+from training.data.tasks.contrast import picture_words
+from training.data.tasks.writing import poem_prompt, review_prompt
+from training.errors import UserError
+from training.measures.answers import accuracy
+from training.measures.bootstrap import bootstrap, paired_bootstrap
+from training.measures.captions import caption_scores
+from training.measures.retrieval import Recall, retrieval
+from training.recipe import Recipe, one_line, shown
+from training.rivals.ngram import CharacterNgram
+from training.trained import M6
+
+STYLE, FLAGS = "fluent-3d", "旗帜"  # of the figures: one picture a concept; flags are named by nothing in them
+BLANK = Image.new("RGB", (128, 128), "white")
+TEXT_TASKS = ("denoise", "language", "poem", "review")
+TEXTS = 1000  # of each kind
+SEED = 0
+
+Report = dict[str, Any]
+Tell = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and its words. `name` is what it is to be called, `words` what it is to be found by."""
+
+    image: Image.Image
+    name: str
+    words: str
+    references: list[str]  # other right captions
+    family: str
+
+
+def picture_rows(corpus: Corpus, split: str) -> list[int]:
+    """Numbers of a split's pictures that the figures are of."""
+    return [row for row in corpus.picture_rows(split, style=STYLE).tolist() if corpus.picture(row).group != FLAGS]
+
+
+def pair_of(picture: Picture) -> Pair:
+    others = [" ".join(picture.tags), picture.en]
+    return Pair(picture.pil(), picture.zh, picture_words(picture), [text for text in others if text], picture.family)
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """A stranger's pictures: JSON lines {"image": path beside the file, "zh": …, "en": … or null}. Raises UserError."""
+    pairs = []
+    for line, row in _lines(path):
+        zh, en, image = row.get("zh"), row.get("en"), row.get("image")
+        if not (isinstance(zh, str) and zh.strip() and isinstance(image, str) and isinstance(en, str | None)):
+            raise UserError(f'{path}, line {line}: must be {{"image": path, "zh": words, "en": words or null}}')
+        try:
+            picture = read_image((path.parent / image).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}, line {line}: {image}: {getattr(error, 'strerror', None) or error}") from None
+        pairs.append(Pair(picture, zh, zh, [en] if en else [], f"{line}"))
+    return pairs
+
+
+def read_texts(path: Path) -> list[tuple[str, str]]:
+    """A stranger's texts, (prompt or "", text) each: JSON lines {"text": …, "title": … or absent}. Raises UserError."""
+    texts = []
+    for line, row in _lines(path):
+        text, title = row.get("text"), row.get("title")
+        if not (isinstance(text, str) and text.strip() and isinstance(title, str | None)):
+            raise UserError(f'{path}, line {line}: must be {{"text": words, "title": words, or without}}')
+        texts.append((f"写一首诗。题目：{title}。" if title else "", text))
+    return texts
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: no JSON ({one_line(str(error))})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: {shown(row)} is no object")
+            yield number, row
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path}: empty")
+
+
+def prompted(text: Text) -> str:
+    """What the text would be asked for by."""
+    return poem_prompt(text) if text.kind == "poem" else review_prompt(text)
+
+
+def corpus_texts(corpus: Corpus, split: str, kind: str) -> list[Text]:
+    """TEXTS of a split, the same ones always."""
+    rows = corpus.text_rows(split, kind)
+    chosen = [rows[shuffled(place, len(rows), (SEED, kind))] for place in range(min(TEXTS, len(rows)))]
+    return [corpus.text(int(row)) for row in chosen]
+
+
+# ---- pictures
+
+
+def similarities(m: M6, pairs: Sequence[Pair]) -> np.ndarray:
+    """float32 [pictures, texts] cosines."""
+    return m.embed_images([pair.image for pair in pairs]) @ m.embed_texts([pair.words for pair in pairs]).T
+
+
+def measure_retrieval(similarity: np.ndarray, pairs: Sequence[Pair]) -> tuple[Report, dict[str, Recall]]:
+    """R@1, 5 and 10 both ways, and the recalls themselves."""
+    words = [pair.words for pair in pairs]
+    found = retrieval(similarity, words, words)
+    both = {"image_to_text": found.image_to_text, "text_to_image": found.text_to_image}
+    return {way: _recall(recall, pairs) for way, recall in both.items()}, both
+
+
+def _recall(recall: Recall, pairs: Sequence[Pair]) -> Report:
+    families = [pair.family for pair in pairs]
+    figures = {f"r{k}": _interval(recall.hits_Q(k), families) for k in (1, 5, 10)}
+    return {
+        **{name: figure["value"] for name, figure in figures.items()},
+        "n": recall.n,
+        "chance_r10": recall.chance_r10,
+        "intervals": {name: [figure["low"], figure["high"]] for name, figure in figures.items()},
+    }
+
+
+def beside(own: dict[str, Recall], rival: dict[str, Recall], pairs: Sequence[Pair]) -> Report:
+    """By how much the run's recalls are above a rival's, paired by picture."""
+    families = [pair.family for pair in pairs]
+    return {
+        way: {f"r{k}": vars(paired_bootstrap(own[way].hits_Q(k), rival[way].hits_Q(k), families)) for k in (1, 5, 10)}
+        for way in own
+    }
+
+
+def measure_captions(m: M6, pairs: Sequence[Pair]) -> Report:
+    """Names given to pictures, beside those that the same model gives to a blank one."""
+    references = [[pair.name, *pair.references] for pair in pairs]
+    families = [pair.family for pair in pairs]
+    said = m.captions([pair.image for pair in pairs])
+    found, blank = (caption_scores(texts, references) for texts in (said, m.captions([BLANK]) * len(pairs)))
+    return {
+        "exact": found.exact,
+        "chrf": found.chrf,
+        "cider": found.cider,
+        "n": found.n,
+        "blank_image": {"exact": blank.exact, "chrf": blank.chrf, "cider": blank.cider},
+        "chrf_above_blank": vars(paired_bootstrap(found.chrf_N, blank.chrf_N, families)),
+        "samples": [[pair.name, text] for pair, text in zip(pairs, said, strict=True)],
+    }
+
+
+def measure_answers(m: M6, corpus: Corpus, split: str) -> Report:
+    """Of each kind of question, with and without the picture, beside the commonest answer."""
+    task = Ask(corpus, split)
+    pictures = [corpus.picture(row) for row in picture_rows(corpus, split)]
+    asked: dict[str, list[tuple[Picture, Question]]] = {}
+    for place, picture in enumerate(pictures):
+        for question in task.questions(picture, random_at(SEED, place)):
+            asked.setdefault(question.kind, []).append((picture, question))
+        for question in plain_questions(picture):
+            asked.setdefault(f"plain, {question.kind}", []).append((picture, question))
+    return {kind: _answers(m, kind, questions) for kind, questions in asked.items()}
+
+
+def _answers(m: M6, kind: str, questions: Sequence[tuple[Picture, Question]]) -> Report:
+    true = [question.answer for _, question in questions]
+    plain = kind.startswith("plain")
+    found = accuracy(m.answers([(question.text, None if plain else p.pil()) for p, question in questions]), true)
+    report = {"accuracy": found.accuracy, "majority": found.majority, "n": found.n}
+    if not plain:
+        blank = m.answers([(question.text, BLANK) for _, question in questions])
+        report["blank_image"] = accuracy(blank, true).accuracy
+    return report
+
+
+# ---- texts
+
+
+def measure_texts(m: M6, texts: Sequence[tuple[str, str]]) -> Report:
+    """Bits a character of (prompt, text) pairs: the end of a text costs bits too, and is no character."""
+    bits = m.bits(texts)
+    lengths = np.array([len(clean_lines(text.splitlines())) for _, text in texts], float)
+    found = bootstrap(-bits, [str(n) for n in range(len(texts))], lengths)
+    return {"bits_per_character": -found.value, "interval": [-found.high, -found.low], "n": len(texts)}
+
+
+def consumed_texts(corpus: Corpus, recipe: Recipe, step: int) -> dict[str, list[str]]:
+    """What a run of this recipe has been shown of each kind of text up to a step, as often as it was shown."""
+    tasks = [TASKS[name](corpus, "train") for name in recipe.tasks]
+    order = GlobalOrder(tasks, recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block)
+    seen: dict[str, list[str]] = {"poem": [], "review": []}
+    for position in range(step * recipe.global_batch):
+        if order.task_at(position).name in TEXT_TASKS:
+            kind = corpus.text(order.item(position)).kind
+            seen[kind].append(corpus.tokenizer.decode(order.row(position).target))
+    return seen
+
+
+def ngram_bits(consumed: Sequence[str], texts: Sequence[str]) -> Report:
+    """The same of a character 5-gram that was trained on `consumed`."""
+    found = CharacterNgram(consumed).bits_per_character(texts)
+    return {"bits_per_character": found, "trained_on_characters": sum(map(len, consumed))}
+
+
+def _interval(values: np.ndarray, families: Sequence[str]) -> Report:
+    return vars(bootstrap(values, families))
+
+
+def finite(report: Any) -> Any:
+    """A report as JSON has it: numbers that are not finite become null."""
+    if isinstance(report, dict):
+        return {key: finite(value) for key, value in report.items()}
+    if isinstance(report, list | tuple):
+        return [finite(value) for value in report]
+    return None if isinstance(report, float) and not math.isfinite(report) else report
