@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from training.data.images import read_image
+from training.data.tasks.contrast import Contrast
 from training.errors import UserError
 from training.files import replace
 from training.trained import M6
@@ -141,8 +142,9 @@ def pictures_in(folder: Path) -> Iterator[Path]:
 
 
 def details_of(m: M6, images: Sequence[Image.Image]) -> list[str]:
-    """What the model says of each picture: its name and key words."""
-    return [" ".join(said).strip() or "?" for said in zip(m.captions(images), m.captions(images, "tags"), strict=True)]
+    """What the model says of each picture: its name and key words, as far as they can be searched."""
+    said = [" ".join(both).strip() or "?" for both in zip(m.captions(images), m.captions(images, "tags"), strict=True)]
+    return [m.tokenizer.decode(m.tokenizer.encode_finely(text)[: Contrast.positions - 1]) for text in said]
 
 
 def _unchanged(path: Path, entry: Entry) -> bool:

@@ -154,10 +154,13 @@ class M6:
         `tell` is handed each piece of it as it is written.
         """
         style = style or Style()
+        row = self._question(prompt, None)
         settings = self._settings(
-            style.tokens, temperature=style.temperature, top_p=style.top_p if style.temperature else 1.0,
+            min(style.tokens, self.shape.max_positions - len(row.source)),
+            temperature=style.temperature,
+            top_p=style.top_p if style.temperature else 1.0,
             repetition_penalty=style.repetition_penalty,
-        )  # fmt: skip
+        )
         said: list[int] = []
         told = ""
 
@@ -170,7 +173,7 @@ class M6:
                 told = text
 
         generator = torch.Generator().manual_seed(style.seed)
-        batch = next(self._batches([self._question(prompt, None)]))
+        batch = next(self._batches([row]))
         [[answer]] = generate(self.network, batch, settings, generator=generator, on_token=on_token)
         return self.tokenizer.decode(answer.tokens)
 

@@ -2,7 +2,7 @@
 
 import io
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "WEBP", "JPEG")
@@ -19,6 +19,8 @@ def read_image(data: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             return on_white(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"not a readable image: none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"too large: {error}") from error
     except (OSError, SyntaxError, EOFError) as error:

@@ -1,0 +1,120 @@
+"""Pictures are found by their words, in an index that is built once and kept up to date."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.training.small_run import train_small, write_pictures
+from training.data.corpus import Corpus
+from training.errors import UserError
+from training.search import ENTRIES, VECTORS, Index, contact_sheet, pictures_in
+from training.trained import M6
+
+
+@pytest.fixture(scope="module")
+def m(sample_corpus: Corpus) -> M6:
+    return train_small(sample_corpus)
+
+
+@pytest.fixture
+def folder(sample_corpus: Corpus, tmp_path: Path) -> Path:
+    rows = sample_corpus.picture_rows("train", style="fluent-3d")[:24].tolist()
+    write_pictures(sample_corpus, rows[:16], tmp_path / "pictures")
+    write_pictures(sample_corpus, rows[16:], tmp_path / "pictures" / "more")
+    return tmp_path / "pictures"
+
+
+def indexed(m: M6, folder: Path, place: Path) -> tuple[Index, int]:
+    index = Index.open(place, folder, m.identity)
+    read = index.update(m)
+    index.save(place)
+    return index, read
+
+
+def test_a_picture_is_found_by_its_words(m: M6, sample_corpus: Corpus, folder: Path, tmp_path: Path) -> None:
+    index, read = indexed(m, folder, tmp_path / "index")
+    assert read == 24
+    found = 0
+    for path in pictures_in(folder):
+        hits = index.search(m, sample_corpus.picture(int(path.stem)).zh, 3)
+        assert len(hits) == 3 and hits[0].score >= hits[1].score >= hits[2].score
+        found += path in [hit.path for hit in hits]
+    assert found >= 20  # of 24; 3 by chance
+
+
+def test_scores_weigh_the_picture_and_what_is_said_of_it(m: M6, folder: Path, tmp_path: Path) -> None:
+    index, _ = indexed(m, folder, tmp_path / "index")
+    query = m.embed_texts(["红色"])[0]
+    for hit in index.search(m, "红色", 99):
+        seen, said = m.embed_images([str(hit.path)])[0] @ query, m.embed_texts([hit.details])[0] @ query
+        assert hit.score == pytest.approx((seen + 0.5 * said) / 1.5, abs=1e-5)
+
+
+def test_only_what_is_new_or_changed_is_read_again(m: M6, folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "index"
+    indexed(m, folder, place)
+    assert indexed(m, folder, place)[1] == 0
+    names = sorted(path for path in folder.glob("*.png"))
+    names[0].unlink()
+    shutil.copyfile(names[2], names[1])
+    shutil.copyfile(names[3], folder / "new.png")
+    os.utime(names[1], ns=(1, 1))
+    index, read = indexed(m, folder, place)
+    assert read == 2 and len(index.entries) == 24
+    fresh = Index(folder, m.identity)
+    fresh.update(m)
+    kept = {hit.path: hit.score for hit in index.search(m, "蓝色", 99)}
+    assert kept == pytest.approx({hit.path: hit.score for hit in fresh.search(m, "蓝色", 99)}, abs=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["vectors", "entries", "other model", "other folder", "fewer vectors"])
+def test_an_index_that_does_not_fit_is_built_anew(m: M6, folder: Path, tmp_path: Path, damage: str) -> None:
+    place = tmp_path / "index"
+    index, _ = indexed(m, folder, place)
+    if damage == "vectors":
+        (place / VECTORS).write_bytes(b"x")
+    elif damage == "entries":
+        (place / ENTRIES).write_text('{"entries": 5}')
+    elif damage == "fewer vectors":
+        assert index.vectors
+        index.vectors = (index.vectors[0][:3], index.vectors[1][:3])
+        index.save(place)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    opened = Index.open(
+        place, elsewhere if damage == "other folder" else folder, "x" if damage == "other model" else m.identity
+    )
+    assert opened.entries == [] and opened.vectors is None
+
+
+def test_files_that_are_no_pictures_are_passed_over_and_named(m: M6, folder: Path) -> None:
+    (folder / "broken.png").write_bytes(b"x")
+    (folder / "notes.txt").write_text("x")
+    index = Index(folder, m.identity)
+    assert index.update(m) == 25 and len(index.entries) == 24
+    assert len(index.skipped) == 1 and "broken.png" in index.skipped[0]
+
+
+def test_a_folder_without_pictures_is_refused(m: M6, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}: no picture there"):
+        Index(tmp_path, m.identity).update(m)
+    (tmp_path / "broken.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no picture there \(.*broken.png"):
+        Index(tmp_path, m.identity).update(m)
+    with pytest.raises(UserError, match="no such folder"):
+        Index(tmp_path / "nowhere", m.identity).update(m)
+
+
+def test_the_contact_sheet_shows_the_pictures_in_order(m: M6, folder: Path) -> None:
+    index = Index(folder, m.identity)
+    index.update(m)
+    hits = index.search(m, "红色", 5)
+    sheet = contact_sheet(hits)
+    assert sheet.width == 4 * 160 and sheet.height == 2 * 178
+    cells = np.asarray(sheet)
+    for place in range(8):
+        cell = cells[place // 4 * 178 : place // 4 * 178 + 160, place % 4 * 160 : (place % 4 + 1) * 160]
+        assert (cell.min() < 250) == (place < 5)

@@ -1,0 +1,180 @@
+"""A trained run at work: loaded from checkpoints and exports, asked properly and improperly."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from launch.checkpoints import export_run
+from tests.training.made_checkpoint import first_model, make_checkpoints, make_recipe, same_values
+from training import M6
+from training.data.corpus import Corpus
+from training.data.images import MAX_PIXELS
+from training.data.tasks import Row
+from training.errors import UserError
+from training.trained import Style
+
+PROMPT = "写一首诗。题目：春晓。作者：佚名。"
+
+
+@pytest.fixture(scope="module")
+def run(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with checkpoints of steps 3 and 5."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    make_checkpoints(folder / "checkpoints", make_recipe(sample_corpus), sample_corpus, 3, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def m(run: Path) -> M6:
+    return M6.load(run)
+
+
+@pytest.fixture(scope="module")
+def pictures(sample_corpus: Corpus) -> list[Image.Image]:
+    return [sample_corpus.picture(row).pil() for row in range(40)]
+
+
+def test_the_newest_checkpoint_is_loaded_or_the_one_asked_for(run: Path, m: M6, sample_corpus: Corpus) -> None:
+    recipe = make_recipe(sample_corpus)
+    assert same_values(m.network, first_model(recipe, 5)) and m.step == 5
+    third = M6.load(run, step=3)
+    assert same_values(third.network, first_model(recipe, 3)) and third.step == 3
+    assert third.recipe == m.recipe == recipe and third.identity != m.identity == M6.load(run).identity
+
+
+def test_an_export_says_what_its_run_says(run: Path, m: M6, pictures: list[Image.Image], tmp_path: Path) -> None:
+    export_run(str(run), target=tmp_path / "export", dtype="fp32")
+    exported = M6.load(tmp_path / "export")
+    assert exported.captions(pictures[:3]) == m.captions(pictures[:3])
+    assert exported.step == 5 and exported.recipe is None and exported.text_positions == m.text_positions
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_what_is_no_run_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such run|no checkpoints there"):
+        M6.load(name)
+
+
+def test_a_damaged_checkpoint_is_refused(run: Path, sample_corpus: Corpus, tmp_path: Path) -> None:
+    make_checkpoints(tmp_path / "run" / "checkpoints", make_recipe(sample_corpus), sample_corpus, 1)
+    (file,) = (tmp_path / "run" / "checkpoints" / "step-1").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file.name}.*m6 verify"):
+        M6.load(tmp_path / "run")
+
+
+def test_a_run_without_its_data_says_so(sample_corpus: Corpus, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `m6 data fetch`"):
+        M6.load(run, data=tmp_path)
+    assert M6.load(run, data=sample_corpus.folder.parent).step == 5
+
+
+def test_many_pictures_are_captioned_as_each_alone(m: M6, pictures: list[Image.Image]) -> None:
+    together = m.captions(pictures, "tags")
+    assert len(together) == 40 and [m.caption(picture, "tags") for picture in pictures[:4]] == together[:4]
+    with pytest.raises(UserError, match="kind 'fr': must be one of zh, en, tags"):
+        m.caption(pictures[0], "fr")
+
+
+def test_an_answer_is_one_of_the_choices(m: M6, pictures: list[Image.Image]) -> None:
+    choices = ["红色的圆", "蓝色", "一只很大的绿色三角形和一个小小的黄色的圆环，还有很多别的东西在旁边"]
+    found = {m.ask("这是什么?", picture, choices) for picture in pictures[:6]}
+    assert found <= set(choices)
+    assert m.ask("这是什么?", choices=choices[:1]) == choices[0]
+    with pytest.raises(UserError, match="a choice is empty"):
+        m.ask("这是什么?", choices=["红", " "])
+
+
+def test_matches_are_probabilities_of_each_pair(m: M6, pictures: list[Image.Image]) -> None:
+    pairs = [(picture, text) for picture in pictures[:3] for text in ("大红色圆", "苹果")]
+    together = m.matches(pairs)
+    assert all(0 < one < 1 for one in together)
+    assert [m.match(*pair) for pair in pairs] == pytest.approx(together, rel=1e-4)
+
+
+def test_writing_streams_what_it_returns_and_can_be_repeated(m: M6) -> None:
+    pieces: list[str] = []
+    text = m.write(PROMPT, Style(tokens=40, seed=3), pieces.append)
+    assert len(pieces) > 1 and text.startswith("".join(pieces))
+    assert m.write(PROMPT, Style(tokens=40, seed=3)) == text != m.write(PROMPT, Style(tokens=40, seed=4))
+    likeliest = m.write(PROMPT, Style(temperature=0, tokens=10))
+    assert likeliest == m.write(PROMPT, Style(temperature=0, tokens=10, seed=9))
+    assert m.write(PROMPT, Style(tokens=10_000))  # to the model's last position
+
+
+def test_vectors_do_not_depend_on_their_company(m: M6, pictures: list[Image.Image]) -> None:
+    images, texts = m.embed_images(pictures), m.embed_texts(["红", "小蓝色圆环 图形"] * 20)
+    assert images.shape == texts.shape == (40, m.shape.hidden)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(m.embed_images(pictures[5:6])[0], images[5], atol=1e-5)
+    np.testing.assert_allclose(m.embed_texts(["红"])[0], texts[38], atol=1e-5)
+    assert m.embed_images([]).shape == (0, m.shape.hidden)
+
+
+def test_bits_are_the_models_own(m: M6) -> None:
+    text = "床前明月光，疑是地上霜。"
+    tokens = [*m.tokenizer.encode(text), m.tokenizer.eos_id]
+    (batch,) = m._batches([Row(m.tokenizer.encode(PROMPT), tokens)], labels=True)
+    logits = m.network.hidden_states(
+        batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]
+    )[0]
+    logs = m.network.logits(logits[0, m.shape.image_patches :]).log_softmax(-1)
+    first = len(m.tokenizer.encode(PROMPT))
+    bits = -sum(logs[first + place, token].item() for place, token in enumerate(tokens)) / math.log(2)
+    found = m.bits([("", "别的"), (PROMPT, text)])
+    assert found[1] == pytest.approx(bits, rel=1e-5) and found[1] != pytest.approx(m.bits([("", text)])[0])
+
+
+def test_long_texts_are_read_in_stretches(m: M6) -> None:
+    text = "床前明月光，疑是地上霜。" * 40
+    stretches = len(m.tokenizer.encode(text)) / m.text_positions
+    assert stretches > 3 and m.bits([("", text)])[0] > m.bits([("", text[: len(text) // 2])])[0] * 1.5
+
+
+def encoded(image: Image.Image, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, **options)
+    return out.getvalue()
+
+
+def test_transparent_animated_and_grey_pictures_are_read(m: M6, pictures: list[Image.Image]) -> None:
+    clear = encoded(Image.new("RGBA", (50, 70), (255, 0, 0, 0)), format="PNG")
+    assert m.caption(clear) == m.caption(Image.new("RGB", (50, 70), "white"))
+    frames = [picture.resize((48, 48)) for picture in pictures[:3]]
+    moving = encoded(frames[0], format="WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert m.caption(moving) == m.caption(frames[0])
+    assert isinstance(m.caption(Image.new("L", (9, 300))), str)
+
+
+def test_what_is_no_picture_is_refused_in_one_line(m: M6, pictures: list[Image.Image], tmp_path: Path) -> None:
+    side = math.isqrt(MAX_PIXELS) + 1
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(encoded(pictures[0], format="PNG")[:200])
+    (tmp_path / "huge.png").write_bytes(encoded(Image.new("1", (side, side)), format="PNG"))
+    for name in ("text.png", "cut.png", "huge.png", "missing.png", "."):
+        with pytest.raises(UserError) as error:
+            m.caption(tmp_path / name)
+        assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+        assert "0x" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t", "\u200b"])
+def test_an_empty_prompt_is_refused(m: M6, text: str) -> None:
+    for ask in (m.write, m.ask, lambda words: m.embed_texts([words])):
+        with pytest.raises(UserError, match="the text is empty"):
+            ask(text)
+
+
+def test_a_long_prompt_is_refused_and_strange_characters_are_not(m: M6) -> None:
+    with pytest.raises(UserError, match=r"the text has \d+ tokens, and the model was trained on rows of 96"):
+        m.write("很长的话" * 100)
+    assert isinstance(m.write("𓀀 ﷽ 🍎", Style(tokens=4)), str)
+    assert torch.from_numpy(m.embed_texts(["𓀀🍎"])).isfinite().all()
