@@ -3,11 +3,19 @@
 import pytest
 
 from tests.data_sample import build_sample
+from tests.training.small_run import train_small
 from training.data.corpus import Corpus
 from training.extensions import prepare_extensions
+from training.trained import M6
 
 # Ranks that tests start inherit it.
 prepare_extensions()
+
+
+@pytest.fixture(scope="session")
+def small_run(sample_corpus: Corpus) -> M6:
+    """A small model that has learned to find the sample corpus' pictures."""
+    return train_small(sample_corpus)
 
 
 @pytest.fixture(scope="session")

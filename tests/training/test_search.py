@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training.small_run import train_small, write_pictures
+from tests.training.small_run import write_pictures
 from training.data.corpus import Corpus
 from training.errors import UserError
 from training.search import ENTRIES, VECTORS, Index, contact_sheet, pictures_in
 from training.trained import M6
 
 
-@pytest.fixture(scope="module")
-def m(sample_corpus: Corpus) -> M6:
-    return train_small(sample_corpus)
+@pytest.fixture
+def m(small_run: M6) -> M6:
+    return small_run
 
 
 @pytest.fixture

@@ -1,0 +1,121 @@
+"""What `m6 eval` measures is what the model does, of the right pictures and texts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.training.small_run import write_pictures
+from training import quality
+from training.data.corpus import Corpus
+from training.data.order import GlobalOrder
+from training.data.tasks import TASKS
+from training.errors import UserError
+from training.quality import Pair
+from training.recipe import parse_recipe
+from training.trained import M6
+
+
+@pytest.fixture
+def m(small_run: M6) -> M6:
+    return small_run
+
+
+@pytest.fixture(scope="module")
+def pairs(sample_corpus: Corpus) -> list[Pair]:
+    rows = quality.picture_rows(sample_corpus, "train")[:20]
+    return [quality.pair_of(sample_corpus.picture(row)) for row in rows]
+
+
+def test_pictures_are_of_one_style_and_no_flags(sample_corpus: Corpus) -> None:
+    for split in ("validation", "test"):
+        pictures = [sample_corpus.picture(row) for row in quality.picture_rows(sample_corpus, split)]
+        assert pictures and {(p.style, p.split) for p in pictures} == {("fluent-3d", split)}
+
+
+def test_what_was_learned_is_found(m: M6, pairs: list[Pair]) -> None:
+    similarity = quality.similarities(m, pairs)
+    found, recalls = quality.measure_retrieval(similarity, pairs)
+    for way in ("image_to_text", "text_to_image"):
+        one = found[way]
+        assert one["n"] == 20 and one["chance_r10"] == pytest.approx(0.5) and one["r1"] <= one["r5"] <= one["r10"]
+        assert one["r5"] > 0.6  # a quarter by chance
+        low, high = one["intervals"]["r5"]
+        assert low <= one["r5"] <= high
+    assert quality.beside(recalls, recalls, pairs)["image_to_text"]["r1"]["difference"] == 0
+    shuffled, _ = quality.measure_retrieval(np.roll(similarity, 7, 1), pairs)
+    assert shuffled["image_to_text"]["r5"] < found["image_to_text"]["r5"]
+
+
+def test_names_are_scored_beside_those_of_a_blank_picture(
+    m: M6, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {pair.image.tobytes(): pair.name for pair in pairs}
+    monkeypatch.setattr(m, "captions", lambda images: [names.get(image.tobytes(), "东西") for image in images])
+    found = quality.measure_captions(m, pairs)
+    assert found["exact"] == 1 and found["chrf"] == pytest.approx(100) and found["n"] == 20
+    assert found["blank_image"]["exact"] == 0 and found["chrf_above_blank"]["low"] > 50
+
+
+def test_questions_are_scored_by_kind(m: M6, sample_corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(m, "answers", lambda questions: ["有" for _ in questions])
+    found = quality.measure_answers(m, sample_corpus, "test")
+    assert found.keys() == {"what", "kind", "whether", "plain, kind", "plain, english", "plain, chinese"}
+    assert found["whether"]["accuracy"] == found["whether"]["blank_image"] > 0.2 and found["what"]["accuracy"] == 0
+    assert found["kind"]["majority"] == 1 and "blank_image" not in found["plain, kind"]  # all are of one group
+
+
+def test_bits_are_summed_over_texts(m: M6) -> None:
+    texts = [("", "床前明月光"), ("写一首诗。", "疑是地上霜，春眠不觉晓")]
+    found = quality.measure_texts(m, texts)
+    assert found["bits_per_character"] == pytest.approx(m.bits(texts).sum() / 16) and found["n"] == 2
+    low, high = found["interval"]
+    assert low <= found["bits_per_character"] <= high
+
+
+def test_consumed_texts_are_those_of_the_global_order(sample_corpus: Corpus) -> None:
+    values = {"model": {"preset": "m6-tiny", "text_vocab": 540}, "steps": 9, "global_batch": 8,
+              "tasks": {"poem": 2, "caption": 1, "review": 1}}  # fmt: skip
+    recipe = parse_recipe(values, [], "test")
+    seen = quality.consumed_texts(sample_corpus, recipe, 4)
+    order = GlobalOrder([TASKS[name](sample_corpus, "train") for name in recipe.tasks], recipe.tasks, 8, 96, 1)
+    assert len(seen["poem"]) == 4 * order.counts["poem"] and len(seen["review"]) == 4 * order.counts["review"]
+    poems = {sample_corpus.text(int(row)).text for row in sample_corpus.text_rows("train", "poem")}
+    assert set(seen["poem"]) <= poems
+    assert quality.ngram_bits(seen["poem"], seen["poem"])["bits_per_character"] < 4
+
+
+def test_a_strangers_files_are_read(sample_corpus: Corpus, tmp_path: Path) -> None:
+    write_pictures(sample_corpus, [3, 4], tmp_path / "in")
+    rows = [{"image": "in/3.png", "zh": "红圆", "en": None}, {"image": "in/4.png", "zh": "方块", "en": "square"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    first, second = quality.read_pairs(tmp_path / "pairs.jsonl")
+    assert first.image.tobytes() == sample_corpus.picture(3).pil().tobytes() and first.references == []
+    assert (second.name, second.words, second.references) == ("方块", "方块", ["square"])
+    (tmp_path / "texts.jsonl").write_text('{"text": "春眠", "title": "春晓"}\n{"text": "好"}')
+    assert quality.read_texts(tmp_path / "texts.jsonl") == [("写一首诗。题目：春晓。", "春眠"), ("", "好")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", ": empty"),
+        ("x", ", line 1: no JSON"),
+        ("[1]", ", line 1: .* is no object"),
+        ('{"zh": "x"}', ", line 1: must be"),
+        ('\n{"image": "no.png", "zh": "x"}', ", line 2: no.png: No such file"),
+        ('{"image": "p.jsonl", "zh": "x"}', ", line 1: p.jsonl: not a readable image"),
+        ('{"image": "p.jsonl", "zh": "x", "en": 5}', ", line 1: must be"),
+    ],
+)
+def test_a_strangers_bad_files_are_refused_in_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        quality.read_pairs(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    assert quality.finite({"a": [float("nan"), 1.0], "b": (2, "x")}) == {"a": [None, 1.0], "b": [2, "x"]}
