@@ -139,7 +139,7 @@ class M6(nn.Module):
     def _run_layers(
         self, x_BND: Tensor, mask_B1NN: Tensor, image_BN: Tensor, valid_BN: Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [B, N, D] (padding zero), auxiliary loss, routing counts; what is new goes into the cache."""
+        """Hidden states [B, N, D] (padding zero), auxiliary loss, routing counts; all keys and values into a cache."""
         packing = Packing.of(valid_BN, like=x_BND)
         x_RD, image_R = packing.pack(x_BND), packing.pack_flags(image_BN)
         auxiliary, counts = x_RD.new_zeros((), dtype=torch.float32), []
@@ -175,9 +175,11 @@ class M6(nn.Module):
     def prefill(self, batch: dict[str, Tensor], room: int, entries: range | None = None) -> tuple[Tensor, Cache]:
         """Read a batch (see `hidden_states`): logits [B, V] of what follows each row, fp32, and what `extend` needs.
 
+        In evaluation alone: a model in training may drop tokens, which `extend` never does.
         `room`: tokens that each row can be extended by; `entries`: those of the vocabulary whose logits are wanted.
         Raises ValueError where a row would grow longer than the model's positions.
         """
+        assert not self.training
         longest, most = int(batch["length_B"].max()), self.config.max_positions
         if longest + room > most:
             raise ValueError(f"a row of {longest} text positions has no room for {room} more: the model has {most}")
