@@ -38,13 +38,22 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden, 3 * config.hidden, config.init_std, *key, "qkv")
         self.out = Linear(config.hidden, config.hidden, config.init_std, *key, "out")
 
-    def forward(self, x_TD: Tensor, mask_B1NK: Tensor, packing: Packing, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, mask_B1NN: Tensor, packing: Packing, cache: LayerCache | None = None) -> Tensor:
         """[T, D] -> [T, D]: packed but for the attention itself, whose rows have one length.
 
-        With a cache, the keys and values go into it, and those of all that was read before are attended to as well.
+        With a cache, which must be empty, the keys and values go into it.
         """
         qkv_BN3Hd = packing.unpack(self.qkv(x_TD)).unflatten(-1, (3, self.heads, -1))
-        q_BHNd, k_BHNd, v_BHNd = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)
-        k_BHKd, v_BHKd = (k_BHNd, v_BHNd) if cache is None else cache.append(k_BHNd, v_BHNd)
-        y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHKd, v_BHKd, attn_mask=mask_B1NK)
+        qkv_3BHNd = qkv_BN3Hd.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache.append(qkv_3BHNd[1:])
+        q_BHNd, k_BHNd, v_BHNd = qkv_3BHNd.unbind(0)
+        y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask_B1NN)
         return self.out(packing.pack(y_BHNd.transpose(1, 2).flatten(2)))
+
+    def extend(self, x_BD: Tensor, mask_B11K: Tensor, cache: LayerCache) -> Tensor:
+        """One more position of each row, [B, D] -> [B, D], which sees what is in the cache and itself."""
+        qkv_3BH1d = self.qkv(x_BD).unflatten(-1, (3, self.heads, 1, -1)).transpose(0, 1)
+        k_BHKd, v_BHKd = cache.append(qkv_3BH1d[1:])
+        y_BH1d = F.scaled_dot_product_attention(qkv_3BH1d[0], k_BHKd, v_BHKd, attn_mask=mask_B11K)
+        return self.out(y_BH1d.flatten(1))

@@ -21,12 +21,12 @@ class LayerCache:
     kv_2BHKd: Tensor
     filled: int
 
-    def append(self, k_BHNd: Tensor, v_BHNd: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, kv_2BHNd: Tensor) -> tuple[Tensor, Tensor]:
         """Write new columns after those that are filled: keys and values of them all."""
-        end = self.filled + k_BHNd.shape[2]
-        self.kv_2BHKd[0, :, :, self.filled : end] = k_BHNd
-        self.kv_2BHKd[1, :, :, self.filled : end] = v_BHNd
-        return self.kv_2BHKd[0, :, :, :end], self.kv_2BHKd[1, :, :, :end]
+        end = self.filled + kv_2BHNd.shape[3]
+        self.kv_2BHKd[:, :, :, self.filled : end] = kv_2BHNd
+        k_BHKd, v_BHKd = self.kv_2BHKd[:, :, :, :end].unbind(0)
+        return k_BHKd, v_BHKd
 
 
 @dataclass

@@ -269,8 +269,8 @@ class _Lines:
         A line that has ended keeps its place, so that one beam is greedy, and a beam as wide as there are answers
         misses none.
         """
-        ended_WV = ~self.going_W[:, None] & (total_WV > -inf)
-        merit_WV = total_WV.masked_fill(ended_WV, inf)
+        merit_WV = total_WV.clone()
+        merit_WV[:, 0].masked_fill_(~self.going_W & (self.score_W > -inf), inf)
         vocab, lines = merit_WV.shape[1], self.settings.lines
         index_BK = merit_WV.view(self.rows, -1).topk(lines).indices
         first_B1 = torch.arange(0, self.rows * lines, lines, device=index_BK.device)[:, None]

@@ -10,6 +10,8 @@ a patch, S selected (target) positions, V vocabulary, K columns of a cache, L la
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,16 +78,22 @@ class Layer(nn.Module):
         self.sparse = config.experts > 0
 
     def forward(
-        self, x_RD: Tensor, mask_B1NK: Tensor, image_R: Tensor, packing: Packing, cache: LayerCache | None = None
+        self, x_RD: Tensor, mask_B1NN: Tensor, image_R: Tensor, packing: Packing, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [R, D], auxiliary loss, routing counts [M, 2, E]."""
-        x_RD = x_RD + self.attention(self.attention_norm(x_RD), mask_B1NK, packing, cache)
+        x_RD = x_RD + self.attention(self.attention_norm(x_RD), mask_B1NN, packing, cache)
         normed_RD = self.feed_forward_norm(x_RD)
         if not self.sparse:
             no_counts = image_R.new_zeros(2, 2, 0, dtype=torch.int64)
             return x_RD + self.feed_forward(normed_RD), x_RD.new_zeros(()), no_counts
         y_RD, auxiliary, counts = self.moe(normed_RD, packing.valid_T, image_R)
         return x_RD + y_RD, auxiliary, counts
+
+    def extend(self, x_BD: Tensor, mask_B11K: Tensor, cache: LayerCache) -> Tensor:
+        """Hidden states [B, D] of one more position of each row; nothing is dropped or counted."""
+        x_BD = x_BD + self.attention.extend(self.attention_norm(x_BD), mask_B11K, cache)
+        normed_BD = self.feed_forward_norm(x_BD)
+        return x_BD + (self.moe.extend(normed_BD) if self.sparse else self.feed_forward(normed_BD))
 
 
 class M6(nn.Module):
@@ -130,15 +138,15 @@ class M6(nn.Module):
         return x_BND, *self._regions(source_BT, place_T < length_B[:, None], has_image_B)
 
     def _run_layers(
-        self, x_BND: Tensor, mask_B1NK: Tensor, image_BN: Tensor, valid_BN: Tensor, cache: Cache | None = None
+        self, x_BND: Tensor, mask_B1NN: Tensor, image_BN: Tensor, valid_BN: Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [B, N, D] (padding zero), auxiliary loss, routing counts; what is new goes into the cache."""
+        """Hidden states [B, N, D] (padding zero), auxiliary loss, routing counts; all keys and values into a cache."""
         packing = Packing.of(valid_BN, like=x_BND)
         x_RD, image_R = packing.pack(x_BND), packing.pack_flags(image_BN)
         auxiliary, counts = x_RD.new_zeros((), dtype=torch.float32), []
         for number in range(self.config.layers):
             layer_cache = None if cache is None else cache.layer(number)
-            x_RD, extra, count = self._call_layer(number, x_RD, mask_B1NK, image_R, packing, layer_cache)
+            x_RD, extra, count = self._call_layer(number, x_RD, mask_B1NN, image_R, packing, layer_cache)
             auxiliary = auxiliary + extra
             counts.append(count)
         return packing.unpack(self.norm(x_RD)), auxiliary, torch.stack(counts)
@@ -151,11 +159,14 @@ class M6(nn.Module):
         return image_BN, torch.cat((has_BP, source_BT), 1), torch.cat((has_BP, text_BT), 1)
 
     def _call_layer(self, number: int, *inputs: Tensor | Packing | LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
-        layer = self.layers[0 if self.config.share_layers else number]
+        layer = self._layer(number)
         if self.recompute and torch.is_grad_enabled():
             # Not reentrant: with a shared layer the reentrant form keeps only one use's gradient under ZeRO-3.
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
+
+    def _layer(self, number: int) -> Layer:
+        return cast(Layer, self.layers[0 if self.config.share_layers else number])
 
     def logits(self, x: Tensor, entries: range | None = None) -> Tensor:
         """Hidden states [..., D] -> logits [..., V] over text pieces, then image codes; or over `entries` alone."""
@@ -165,9 +176,11 @@ class M6(nn.Module):
     def prefill(self, batch: dict[str, Tensor], room: int, entries: range | None = None) -> tuple[Tensor, Cache]:
         """Read a batch (see `hidden_states`): logits [B, V] of what follows each row, fp32, and what `extend` needs.
 
+        In evaluation alone: a model in training may drop tokens, which `extend` never does.
         `room`: tokens that each row can be extended by; `entries`: those of the vocabulary whose logits are wanted.
         Raises ValueError where a row would grow longer than the model's positions.
         """
+        assert not self.training
         longest, most = int(batch["length_B"].max()), self.config.max_positions
         if longest + room > most:
             raise ValueError(f"a row of {longest} text positions has no room for {room} more: the model has {most}")
@@ -194,13 +207,12 @@ class M6(nn.Module):
         Raises ValueError where the cache has no room for it.
         """
         mask_B11K = cache.next_mask()
-        x_BD = self.vocabulary(token_B) + self.position(cache.length_B)
-        x_B1D = (x_BD + self.segment(torch.full_like(token_B, TARGET)))[:, None]
-        valid_B1 = torch.ones_like(token_B, dtype=torch.bool)[:, None]
-        x_B1D, *_ = self._run_layers(x_B1D, mask_B11K, ~valid_B1, valid_B1, cache)
+        x_BD = self.vocabulary(token_B) + self.position(cache.length_B) + self.segment(torch.full_like(token_B, TARGET))
+        for number in range(self.config.layers):
+            x_BD = self._layer(number).extend(x_BD, mask_B11K, cache.layer(number))
         cache.filled += 1
         cache.length_B += 1
-        return self.logits(x_B1D[:, 0], entries).float()
+        return self.logits(self.norm(x_BD), entries).float()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch (see `hidden_states` for its inputs, and labels_BT: the id to predict, or IGNORE).

@@ -46,6 +46,12 @@ class MoELayer(nn.Module):
         counts = routing.routing_counts(expert_TK, valid_T, image_T, assignments, config.experts)
         return y_TD, self._auxiliary_loss(logits_TE, expert_TK, valid_T), counts
 
+    def extend(self, x_TD: Tensor) -> Tensor:
+        """Output [T, D] of tokens all valid, where nothing is dropped or counted: in decoding."""
+        gate_TK, expert_TK, _ = self.router(x_TD)
+        valid_T = torch.ones_like(x_TD[:, 0], dtype=torch.bool)
+        return self._run_experts(x_TD, gate_TK, routing.assign(expert_TK, valid_T, self.config.experts, None))
+
     def _auxiliary_loss(self, logits_TE: Tensor, expert_TK: Tensor, valid_T: Tensor) -> Tensor:
         loss = logits_TE.new_zeros(())
         if self.config.balance_loss:
