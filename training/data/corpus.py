@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
-from training.data.features import augmented
+from training.data.features import augmented, signed
 from training.data.rows import Picture, Text
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
@@ -83,8 +83,7 @@ class Corpus:
     def pixels(self, row: int, augmentation: int, side: int) -> np.ndarray:
         """float32 [3, side, side] in [-1, 1]: the view of a picture that `features[row, augmentation]` describes."""
         picture = self.picture(row)
-        square = augmented(picture.pil(), augmentation, picture.mirrorable, side)
-        return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
+        return signed(augmented(picture.pil(), augmentation, picture.mirrorable, side))
 
     def picture_rows(self, split: str, **equals: Any) -> np.ndarray:
         """int64 row numbers of the pictures of a split whose columns equal the given values."""
