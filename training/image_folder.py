@@ -45,9 +45,9 @@ def save_image_tokenizer(
     feature_network: str | None,
     measures: dict[str, dict[str, float]],
 ) -> None:
-    """Write the weights, the codes [pictures, K, P] of the corpus, and what they are, each file whole or not at all."""
+    """Write the weights, the corpus' codes (uint16 [pictures, K, P]), and what they are: each file whole or not."""
     weights, stored = save({name: value.contiguous() for name, value in model.state_dict().items()}), io.BytesIO()
-    np.save(stored, codes.astype(np.uint16), allow_pickle=False)
+    np.save(stored, codes, allow_pickle=False)
     description = Description(
         recipe=recipe,
         data=corpus.fingerprint,

@@ -132,11 +132,13 @@ def _batches(views: Dataset[Tensor], recipe: ImageTokenizerRecipe, device: torch
 def _code(model: ImageTokenizer, corpus: Corpus, recipe: ImageTokenizerRecipe, report: Report) -> np.ndarray:
     """Codes [pictures, K, P] of all pictures of the corpus, in its order."""
     views = FixedViews(corpus, np.arange(len(corpus.pictures)), recipe.model.side)
-    coded: list[np.ndarray] = []
+    codes = np.empty((len(views), recipe.model.grid**2), np.uint16)
+    done = 0
     for image_BcHW in _batches(views, recipe, _device(model)):
-        coded += model.encode(image_BcHW).cpu().numpy()
-        report("coding pictures", len(coded), len(views), {})
-    return np.stack(coded).reshape(len(corpus.pictures), len(AUGMENTATIONS), -1)
+        start, done = done, done + len(image_BcHW)
+        codes[start:done] = model.encode(image_BcHW).cpu().numpy()
+        report("coding pictures", done, len(views), {})
+    return codes.reshape(len(corpus.pictures), len(AUGMENTATIONS), -1)
 
 
 @torch.inference_mode()
@@ -144,18 +146,18 @@ def _measure(model: ImageTokenizer, corpus: Corpus, recipe: ImageTokenizerRecipe
     """Of each style and of all, on the plain view of the recipe's split."""
     rows = corpus.picture_rows(recipe.split)
     sources = np.array([corpus.picture(int(row)).source for row in rows])
-    psnr: list[float] = []
-    coded: list[np.ndarray] = []
+    psnr: list[np.ndarray] = []
+    codes: list[np.ndarray] = []
     for image_BcHW in _batches(FixedViews(corpus, rows, recipe.model.side, views=1), recipe, _device(model)):
         codes_BP = model.encode(image_BcHW)
-        psnr += _psnr(model.decode(codes_BP), image_BcHW).tolist()
-        coded += codes_BP.cpu().numpy()
-    found = {}
-    for style in (*sorted(set(sources)), "all"):
-        of_style = np.flatnonzero((sources == style) | (style == "all"))
-        use = _codebook_use(np.stack([coded[place] for place in of_style]), model.config.codes)
-        found[style] = {"pictures": len(of_style), "psnr": float(np.mean([psnr[place] for place in of_style]))} | use
-    return found
+        psnr.append(_psnr(model.decode(codes_BP), image_BcHW).cpu().numpy())
+        codes.append(codes_BP.cpu().numpy())
+    styles = {str(source): sources == source for source in np.unique(sources)} | {"all": np.full(len(rows), True)}
+    return {
+        style: {"pictures": int(chosen.sum()), "psnr": float(np.concatenate(psnr)[chosen].mean())}
+        | _codebook_use(np.concatenate(codes)[chosen], model.config.codes)
+        for style, chosen in styles.items()
+    }
 
 
 def _psnr(image_BcHW: Tensor, reference_BcHW: Tensor) -> Tensor:

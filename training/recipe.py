@@ -293,10 +293,10 @@ def _first_problem(error: ValidationError, schema: dict[str, Any]) -> str:
         names = _schema_at(schema, place[:-1])["properties"]
         return f"{_dotted(place)} is unknown{nearest(str(place[-1]), names)}"
     own = str(problem["ctx"]["error"]) if kind == "value_error" else ""
-    if own and place and "properties" in _schema_at(schema, place):
-        return f"{_dotted(place)}.{own}"  # of a whole section: its own words begin with the key
     if place[-1:] == ("[key]",):
         return f"{_dotted(place[:-1])} {own or 'is no name: names are text'}"
+    if own and place and "properties" in _schema_at(schema, place):
+        return f"{_dotted(place)}.{own}"  # of a whole section: its own words begin with the key
     reason = own or f"must be {_wanted(_schema_at(schema, place))}"
     return f"{_dotted(place)}={shown(problem['input'])}: {reason}" if place else reason
 
