@@ -44,6 +44,8 @@ def train_image_tokenizer(recipe: ImageTokenizerRecipe, folder: Path, report: Re
     Returns the measures of each style, and of all, on the recipe's `split`. Raises UserError.
     """
     corpus = Corpus.open(recipe.data)
+    if not len(corpus.picture_rows(recipe.split)):
+        raise UserError(f"split={recipe.split}: {corpus.folder} has no such pictures; choose the other split")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = ImageTokenizer(recipe.model, recipe.seed).to(device)
     objective = Objective(recipe, corpus, device)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from launch.cli import m6
 from training import image_folder
+from training.data.corpus import Corpus
 from training.data.views import FixedViews, RandomViews
 from training.errors import UserError
 from training.image_folder import CODES, DESCRIPTION, WEIGHTS, load_image_codes, load_image_tokenizer
@@ -119,6 +120,17 @@ def test_a_loss_that_is_not_finite_ends_the_training(sample_corpus, tmp_path):
     with pytest.raises(UserError, match=r"the loss is not finite at step \d+: lower optimizer.lr"):
         train(sample_corpus, tmp_path / "wild", optimizer={"lr": 1e30, "clip": 0}, loss={"perceptual": 0})
     assert [path.name for path in (tmp_path / "wild").iterdir()] == [METRICS]
+
+
+def test_a_corpus_without_such_pictures_is_refused_at_once(sample_corpus, tmp_path, monkeypatch):
+    for split, message in (("test", "split=test: .* has no such pictures"), ("train", "no picture to train on")):
+        rows = Corpus.picture_rows
+        monkeypatch.setattr(
+            Corpus, "picture_rows", lambda *given, empty=split, rows=rows: rows(*given)[: 0 if empty in given else None]
+        )
+        with pytest.raises(UserError, match=message):
+            train(sample_corpus, tmp_path / split, split="test")
+        monkeypatch.undo()
 
 
 def test_views_are_a_pure_function_of_seed_and_position(sample_corpus):
