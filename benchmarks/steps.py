@@ -100,7 +100,7 @@ class OurStep:
         result = self.engine.step([batch], lr=1e-4)
         phases = self.clock.read()
         kept = int(result.routing[:, :, 1].sum())
-        flops = self.config.training_flops(result.tokens, result.targets, kept)
+        flops = self.config.training_flops(result.tokens, result.said, kept)
         return Measured(time.perf_counter() - start, flops, phases)
 
 

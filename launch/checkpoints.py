@@ -16,7 +16,7 @@ from rich.table import Table
 from training import checkpoint_files
 from training.errors import UserError
 from training.recipe import parse_recipe
-from training.run import CHECKPOINTS, FOLDER
+from training.run import checkpoints_of, chosen_checkpoints
 
 POINTER = re.compile(r"(step-[0-9]+) ([0-9a-f]{32})")
 EXPORTS = "exports"
@@ -38,8 +38,8 @@ def verify_run(run: str, step: int | None) -> int:
 
     `run`: a name under runs/, or the folder of a run or of one checkpoint. Raises UserError if there is none.
     """
-    place = _place(run)
-    paths = _chosen(place, step)
+    place = checkpoints_of(run)
+    paths = chosen_checkpoints(place, step)
     with _bars() as bars:
         found = [verified for path in paths if (verified := _verified(path, bars))]
     problems = [problem for verified in found for problem in verified.problems]
@@ -67,7 +67,7 @@ def export_run(
     from training.data.corpus import Corpus  # their imports take seconds, and verifying does without
     from training.export import plan, write
 
-    path = _chosen(_place(run), step)[-1].absolute()
+    path = chosen_checkpoints(checkpoints_of(run), step)[-1].absolute()
     target = target or path.parent.parent / EXPORTS / path.name
     if target.exists():
         raise UserError(f"{target} exists: choose another --to")
@@ -83,26 +83,6 @@ def export_run(
             write(planned, target, partial(bars.advance, bar))
     what = f"step {manifest['step']}, {decimal(planned.bytes)} of {dtype} weights in {len(planned.files)} file(s)"
     Console().print(f"exported: {target} ({what})", markup=False, highlight=False, soft_wrap=True)
-
-
-def _place(run: str) -> Path:
-    """The folder of checkpoints, or the one checkpoint, that is meant."""
-    folder = FOLDER / run if (FOLDER / run).is_dir() else Path(run)
-    if not folder.is_dir():
-        raise UserError(f"{run}: no such run; see the folders under {FOLDER}/")
-    return folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
-
-
-def _chosen(place: Path, step: int | None) -> list[Path]:
-    """The checkpoints that are meant, by steps."""
-    if checkpoint_files.NAME.fullmatch(place.absolute().name):
-        return [place]
-    steps = checkpoint_files.steps(place)
-    if not steps:
-        raise UserError(f"{place}: no checkpoints there")
-    if step is not None and step not in steps:
-        raise UserError(f"--step {step}: no such checkpoint in {place}; there are {', '.join(map(str, steps))}")
-    return [place / f"step-{number}" for number in (steps if step is None else [step])]
 
 
 def _verified(path: Path, bars: Progress) -> Verified | None:

@@ -150,6 +150,85 @@ def _without_gpu() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+RUN = click.option("--run", help="A name under runs/, a run's folder or an export's; the run that saved last if none.")
+DATA = click.option("--data", type=PATH, help="The data's home; that of the run's recipe if not given.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@m6.command()
+@click.argument("images", nargs=-1, required=True, type=PATH, metavar="IMAGE...")
+@click.option("--kind", type=click.Choice(["zh", "en", "tags"]), default="zh", show_default=True)
+@RUN
+@DATA
+@JSON
+def caption(images: tuple[Path, ...], kind: str, run: str | None, data: Path | None, as_json: bool) -> None:
+    """Say what pictures show: a name in Chinese or English, or key words."""
+    _without_gpu()
+    from launch import use
+
+    use.caption(run, data, images, kind, as_json)
+
+
+@m6.command()
+@click.argument("words", nargs=-1, required=True, metavar="[IMAGE] QUESTION")
+@click.option("--choice", "choices", multiple=True, help="An answer that may be given; once for each.")
+@RUN
+@DATA
+def ask(words: tuple[str, ...], choices: tuple[str, ...], run: str | None, data: Path | None) -> None:
+    """Answer a question, about a picture or by itself: m6 ask cup.png 这是什么?"""
+    if len(words) > 2:
+        raise click.UsageError("more than an IMAGE and a QUESTION: put the question in quotes")
+    _without_gpu()
+    from launch import use
+
+    use.ask(run, data, Path(words[0]) if len(words) == 2 else None, words[-1], choices)
+
+
+@m6.command()
+@click.argument("prompt")
+@click.option("--tokens", type=click.IntRange(min=1), default=96, show_default=True, help="At the most.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True)
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@RUN
+@DATA
+def write(
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int,
+    run: str | None,
+    data: Path | None,
+) -> None:
+    """Write a text, as it comes to mind: m6 write 写一首诗。题目：春晓。作者：孟浩然。"""
+    _without_gpu()
+    from launch import use
+    from training.trained import Style
+
+    use.write(run, data, prompt, Style(temperature, top_p, repetition_penalty, tokens, seed))
+
+
+@m6.command()
+@click.argument("query")
+@click.option("--images", "folder", required=True, type=PATH, help="The folder to search; its index is kept.")
+@click.option("-k", "most", type=click.IntRange(min=1), default=12, show_default=True, help="Pictures at the most.")
+@click.option("--sheet", type=PATH, help="Draw them on a contact sheet, in this PNG file.")
+@RUN
+@DATA
+@JSON
+def search(
+    query: str, folder: Path, most: int, sheet: Path | None, run: str | None, data: Path | None, as_json: bool
+) -> None:
+    """Find pictures of a folder by meaning."""
+    _without_gpu()
+    from launch import use
+
+    use.search(run, data, query, folder, most, sheet, as_json)
+
+
 @m6.command()
 def models() -> None:
     """The model presets: shapes, parameters, and the totals that were published."""

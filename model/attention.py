@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cache import LayerCache
 from model.config import ModelConfig
 from model.initialise import Linear
 from model.packing import Packing
@@ -37,9 +38,13 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden, 3 * config.hidden, config.init_std, *key, "qkv")
         self.out = Linear(config.hidden, config.hidden, config.init_std, *key, "out")
 
-    def forward(self, x_TD: Tensor, mask_B1NN: Tensor, packing: Packing) -> Tensor:
-        """[T, D] -> [T, D]: packed but for the attention itself, whose rows have one length."""
+    def forward(self, x_TD: Tensor, mask_B1NK: Tensor, packing: Packing, cache: LayerCache | None = None) -> Tensor:
+        """[T, D] -> [T, D]: packed but for the attention itself, whose rows have one length.
+
+        With a cache, the keys and values go into it, and those of all that was read before are attended to as well.
+        """
         qkv_BN3Hd = packing.unpack(self.qkv(x_TD)).unflatten(-1, (3, self.heads, -1))
         q_BHNd, k_BHNd, v_BHNd = qkv_BN3Hd.permute(2, 0, 3, 1, 4).unbind(0)
-        y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask_B1NN)
+        k_BHKd, v_BHKd = (k_BHNd, v_BHNd) if cache is None else cache.append(k_BHNd, v_BHNd)
+        y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHKd, v_BHKd, attn_mask=mask_B1NK)
         return self.out(packing.pack(y_BHNd.transpose(1, 2).flatten(2)))

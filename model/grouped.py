@@ -88,6 +88,8 @@ class _ExpertByExpert(torch.autograd.Function):
     ) -> Tensor:
         inner_RI, y_RD = x_RD.new_empty(len(x_RD), w1_EDI.shape[2]), torch.empty_like(x_RD)
         for expert, rows in _blocks(sizes):
+            if not sizes[expert]:
+                continue  # the most of them, where a few tokens are decoded
             inner_BI = _multiply(x_RD[rows], w1_EDI[expert], inner_RI[rows]).add_(b1_EI[expert])
             _multiply(activate(inner_BI, gated), w2_EFD[expert], y_RD[rows]).add_(b2_ED[expert])
         # The parameters themselves, not views: ZeRO-3 gives them their values anew before backward.

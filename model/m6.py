@@ -5,7 +5,7 @@ of the source and the targets up to itself; the loss is on the targets. Image co
 entries, so drawing is writing.
 
 Shape suffixes: B rows, T text positions, P image patches, N = P + T, R packed positions, D hidden size, C channels of
-a patch, S selected (target) positions, V vocabulary, L layers, M modalities, E experts.
+a patch, S selected (target) positions, V vocabulary, K columns of a cache, L layers, M modalities, E experts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, attention_mask
+from model.cache import Cache, LayerCache
 from model.config import ModelConfig
+from model.contrast import WORTH, contrastive_loss
 from model.experts import ExpertParallel
 from model.grouped import activate, few_sizes
 from model.initialise import Linear, Table, fill_normal
@@ -36,12 +38,14 @@ class Vocabulary(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab, config.hidden))
         fill_normal(self.weight, config.init_std, *key, "vocabulary")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Integers [...] -> [..., D]; floats [..., D] -> logits [..., V].
+    def forward(self, x: Tensor, entries: range | None = None) -> Tensor:
+        """Integers [...] -> [..., D]; floats [..., D] -> logits [..., V] of all entries or of some.
 
         Both ways go through the module's call, because ZeRO-3 gathers a weight when its module is called.
         """
-        return F.linear(x, self.weight) if x.is_floating_point() else F.embedding(x, self.weight)
+        if not x.is_floating_point():
+            return F.embedding(x, self.weight)
+        return F.linear(x, self.weight if entries is None else self.weight[entries.start : entries.stop])
 
 
 class FeedForward(nn.Module):
@@ -72,10 +76,10 @@ class Layer(nn.Module):
         self.sparse = config.experts > 0
 
     def forward(
-        self, x_RD: Tensor, mask_B1NN: Tensor, image_R: Tensor, packing: Packing
+        self, x_RD: Tensor, mask_B1NK: Tensor, image_R: Tensor, packing: Packing, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [R, D], auxiliary loss, routing counts [M, 2, E]."""
-        x_RD = x_RD + self.attention(self.attention_norm(x_RD), mask_B1NN, packing)
+        x_RD = x_RD + self.attention(self.attention_norm(x_RD), mask_B1NK, packing, cache)
         normed_RD = self.feed_forward_norm(x_RD)
         if not self.sparse:
             no_counts = image_R.new_zeros(2, 2, 0, dtype=torch.int64)
@@ -108,6 +112,13 @@ class M6(nn.Module):
         tokens_BT: text ids, source then target, padded; source_B: source positions of each row; length_B: text
         positions of each row; image_BPC: patch features, of any finite value where has_image_B is False.
         """
+        x_BND, image_BN, source_BN, valid_BN = self._embed(tokens_BT, source_B, length_B, image_BPC, has_image_B)
+        return *self._run_layers(x_BND, attention_mask(source_BN, valid_BN), image_BN, valid_BN), valid_BN
+
+    def _embed(
+        self, tokens_BT: Tensor, source_B: Tensor, length_B: Tensor, image_BPC: Tensor, has_image_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What goes into the first layer [B, N, D], and image, source and valid positions, each [B, N] bool."""
         place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         source_BT = place_T < source_B[:, None]
         segment_BT = torch.where(source_BT, SOURCE, TARGET)
@@ -116,16 +127,21 @@ class M6(nn.Module):
         image_BPD = self.image(image_BPC.to(text_BTD.dtype))
         image_BPD = image_BPD + self.segment(torch.full_like(place_T[:1], IMAGE))
         x_BND = torch.cat((image_BPD, text_BTD), 1)
-        image_BN, source_BN, valid_BN = self._regions(source_BT, place_T < length_B[:, None], has_image_B)
-        mask_B1NN = attention_mask(source_BN, valid_BN)
+        return x_BND, *self._regions(source_BT, place_T < length_B[:, None], has_image_B)
+
+    def _run_layers(
+        self, x_BND: Tensor, mask_B1NK: Tensor, image_BN: Tensor, valid_BN: Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [B, N, D] (padding zero), auxiliary loss, routing counts; what is new goes into the cache."""
         packing = Packing.of(valid_BN, like=x_BND)
         x_RD, image_R = packing.pack(x_BND), packing.pack_flags(image_BN)
         auxiliary, counts = x_RD.new_zeros((), dtype=torch.float32), []
         for number in range(self.config.layers):
-            x_RD, extra, count = self._call_layer(number, x_RD, mask_B1NN, image_R, packing)
+            layer_cache = None if cache is None else cache.layer(number)
+            x_RD, extra, count = self._call_layer(number, x_RD, mask_B1NK, image_R, packing, layer_cache)
             auxiliary = auxiliary + extra
             counts.append(count)
-        return packing.unpack(self.norm(x_RD)), auxiliary, torch.stack(counts), valid_BN
+        return packing.unpack(self.norm(x_RD)), auxiliary, torch.stack(counts)
 
     def _regions(self, source_BT: Tensor, text_BT: Tensor, has_image_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image, source and valid positions, each [B, N] bool."""
@@ -134,21 +150,64 @@ class M6(nn.Module):
         image_BN = torch.cat((~nowhere_BP, torch.zeros_like(text_BT)), 1)
         return image_BN, torch.cat((has_BP, source_BT), 1), torch.cat((has_BP, text_BT), 1)
 
-    def _call_layer(self, number: int, *inputs: Tensor | Packing) -> tuple[Tensor, Tensor, Tensor]:
+    def _call_layer(self, number: int, *inputs: Tensor | Packing | LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.layers[0 if self.config.share_layers else number]
         if self.recompute and torch.is_grad_enabled():
             # Not reentrant: with a shared layer the reentrant form keeps only one use's gradient under ZeRO-3.
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits [..., V] over text pieces, then image codes."""
-        return self.vocabulary(x)
+    def logits(self, x: Tensor, entries: range | None = None) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V] over text pieces, then image codes; or over `entries` alone."""
+        return self.vocabulary(x, entries)
+
+    @torch.no_grad()
+    def prefill(self, batch: dict[str, Tensor], room: int, entries: range | None = None) -> tuple[Tensor, Cache]:
+        """Read a batch (see `hidden_states`): logits [B, V] of what follows each row, fp32, and what `extend` needs.
+
+        `room`: tokens that each row can be extended by; `entries`: those of the vocabulary whose logits are wanted.
+        Raises ValueError where a row would grow longer than the model's positions.
+        """
+        longest, most = int(batch["length_B"].max()), self.config.max_positions
+        if longest + room > most:
+            raise ValueError(f"a row of {longest} text positions has no room for {room} more: the model has {most}")
+        x_BND, image_BN, source_BN, valid_BN = self._embed(
+            batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]
+        )
+        cache = Cache.empty(self.config, valid_BN, batch["length_B"], room, x_BND.dtype)
+        x_BND, *_ = self._run_layers(x_BND, attention_mask(source_BN, valid_BN), image_BN, valid_BN, cache)
+        cache.filled = cache.prompt
+        x_BD = last_positions(x_BND[:, self.config.image_patches :], batch["length_B"])
+        return self.logits(x_BD, entries).float(), cache
+
+    def summaries(self, batch: dict[str, Tensor]) -> Tensor:
+        """Hidden states [B, D] of each row's last text position, such as `model.contrast` compares."""
+        x_BND, *_ = self.hidden_states(
+            batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]
+        )
+        return last_positions(x_BND[:, self.config.image_patches :], batch["length_B"])
+
+    @torch.no_grad()
+    def extend(self, token_B: Tensor, cache: Cache, entries: range | None = None) -> Tensor:
+        """Read one more target token of each row, into the cache: logits [B, V] of what follows it, fp32.
+
+        Raises ValueError where the cache has no room for it.
+        """
+        mask_B11K = cache.next_mask()
+        x_BD = self.vocabulary(token_B) + self.position(cache.length_B)
+        x_B1D = (x_BD + self.segment(torch.full_like(token_B, TARGET)))[:, None]
+        valid_B1 = torch.ones_like(token_B, dtype=torch.bool)[:, None]
+        x_B1D, *_ = self._run_layers(x_B1D, mask_B11K, ~valid_B1, valid_B1, cache)
+        cache.filled += 1
+        cache.length_B += 1
+        return self.logits(x_B1D[:, 0], entries).float()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch (see `hidden_states` for its inputs, and labels_BT: the id to predict, or IGNORE).
 
         With labels_BT: loss_B, the summed cross entropy of each row's targets (nats, fp32); targets_B, their number;
+        rows with a contrastive group (group_B, concept_B; see `model.contrast`) have their partner to find, as WORTH
+        targets;
         auxiliary, balance and z-loss summed over tokens; counts, routing counts [L, M, 2, E]; tokens, the number of
         valid positions. Without: logits_BV, of what follows each row's last text position.
         """
@@ -157,16 +216,19 @@ class M6(nn.Module):
         )
         x_BTD = x_BND[:, self.config.image_patches :]
         if "labels_BT" not in batch:
-            rows = torch.arange(len(x_BTD), device=x_BTD.device)
-            return {"logits_BV": self.logits(x_BTD[rows, batch["length_B"] - 1]).float()}
+            return {"logits_BV": self.logits(last_positions(x_BTD, batch["length_B"])).float()}
         labels_BT = batch["labels_BT"]
         chosen_BT = labels_BT != IGNORE
         loss_S = self._cross_entropy(x_BTD[chosen_BT], labels_BT[chosen_BT])
         # Not index_add, whose order of additions is not fixed on GPUs.
         loss_B = loss_S.new_zeros(chosen_BT.shape).masked_scatter(chosen_BT, loss_S).sum(1)
+        if "group_B" in batch:
+            summed_up_BD = last_positions(x_BTD, batch["length_B"])
+            found_B = contrastive_loss(summed_up_BD, batch["has_image_B"], batch["group_B"], batch["concept_B"])
+            loss_B = loss_B + WORTH * found_B
         return {
             "loss_B": loss_B,
-            "targets_B": chosen_BT.sum(1),
+            "targets_B": target_counts(batch),
             "auxiliary": auxiliary,
             "counts": counts,
             "tokens": valid_BN.sum(),
@@ -177,3 +239,14 @@ class M6(nn.Module):
         short = few_sizes(max(len(x_SD), 1), x_SD) - len(x_SD)
         logits_SV = self.logits(F.pad(x_SD, (0, 0, 0, short))).float()
         return F.cross_entropy(logits_SV, F.pad(label_S, (0, short)), reduction="none")[: len(x_SD)]
+
+
+def last_positions(x_BTD: Tensor, length_B: Tensor) -> Tensor:
+    """Each row's last text position, [B, D]."""
+    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), length_B - 1]
+
+
+def target_counts(batch: dict[str, Tensor]) -> Tensor:
+    """How many each row of a batch has to predict, [B]: tokens, or its partner (WORTH)."""
+    counts_B = (batch["labels_BT"] != IGNORE).sum(1)
+    return counts_B + WORTH * (batch["group_B"] >= 0) if "group_B" in batch else counts_B

@@ -306,8 +306,14 @@ def _batch(values: Mapping[str, Any], recipe: Recipe, world: int) -> tuple[int, 
     if micro == "auto":
         if recipe.global_batch % world:
             raise UserError(f"the recipe's global_batch={recipe.global_batch} does not divide among {world} ranks")
-        share = recipe.global_batch // world
-        micro = max(rows for rows in range(1, MOST_ROWS + 1) if share % rows == 0)
+        share, block = recipe.global_batch // world, recipe.block
+        fitting = range(block, max(MOST_ROWS, block) + 1, block)
+        micro = max((rows for rows in fitting if share % rows == 0), default=block)
+    if micro % recipe.block:
+        raise UserError(
+            f"train_micro_batch_size_per_gpu={micro} is not divisible by the {recipe.block} rows of a contrastive "
+            "group: say auto, or change the recipe's contrast_pairs"
+        )
     if recipe.global_batch % (micro * world):
         raise UserError(
             f"train_micro_batch_size_per_gpu={micro} times {world} rank(s) does not divide the recipe's "

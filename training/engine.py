@@ -22,7 +22,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from model.experts import ExpertParallel
-from model.m6 import M6
+from model.m6 import IGNORE, M6, target_counts
 from model.moe import MoELayer
 from training.ds_config import DSConfig
 from training.zero import keep_once, spare_passes
@@ -43,7 +43,7 @@ class StepResult:
 
     loss: float  # nats a target
     skipped: bool  # the loss or a gradient was not finite on some rank, and no state has changed on any
-    targets: int
+    said: int  # targets that are tokens
     tokens: int  # valid positions through the trunk
     grad_norm: float
     rows_loss: Tensor  # of this rank's rows, in order: summed loss
@@ -99,7 +99,7 @@ class Engine:
         """
         assert len(batches) == self.config.accumulation
         batches = [{key: value.to(self.device, non_blocking=True) for key, value in b.items()} for b in batches]
-        targets, tokens = self._global_counts(batches)
+        targets, said, tokens = self._global_counts(batches)
         # DeepSpeed averages over ranks and micro-batches; our loss is a sum over them.
         shares = self.world * len(batches)
         for group in self.deepspeed.optimizer.param_groups:
@@ -121,7 +121,7 @@ class Engine:
             self.deepspeed.step()
         if not self.deepspeed.was_step_applied():
             self._flush_gradients()
-        return self._result(batches, losses, counts, total, targets, tokens)
+        return self._result(batches, losses, counts, total.item() / max(targets, 1), said, tokens)
 
     def _flush_gradients(self) -> None:
         """Let the gradients of a skipped step be written out to NVMe, if they live there.
@@ -133,16 +133,17 @@ class Engine:
         if optimizer.swap_optimizer:
             optimizer.optimizer_swapper.flush_gradients()
 
-    def _global_counts(self, batches: Iterable[Batch]) -> tuple[int, int]:
-        patches = self.config.model.image_patches
-        own = [
-            torch.stack(((b["labels_BT"] >= 0).sum(), b["length_B"].sum() + patches * b["has_image_B"].sum()))
-            for b in batches
-        ]
+    def _global_counts(self, batches: Iterable[Batch]) -> tuple[int, int, int]:
+        """Targets, those of them that are tokens, and valid positions."""
+        patches, own = self.config.model.image_patches, []
+        for batch in batches:
+            tokens_B = batch["length_B"] + patches * batch["has_image_B"]
+            said_BT = batch["labels_BT"] != IGNORE
+            own.append(torch.stack((target_counts(batch).sum(), said_BT.sum(), tokens_B.sum())))
         counts = torch.stack(own).sum(0)
         dist.all_reduce(counts)
-        targets, tokens = counts.tolist()
-        return targets, tokens
+        targets, said, tokens = counts.tolist()
+        return targets, said, tokens
 
     def _total(self, losses: list[Tensor]) -> Tensor:
         """The summed loss of all ranks' rows, fp64."""
@@ -155,18 +156,18 @@ class Engine:
         batches: Sequence[Batch],
         losses: list[Tensor],
         counts: list[Tensor],
-        total: Tensor,
-        targets: int,
+        loss: float,
+        said: int,
         tokens: int,
     ) -> StepResult:
         routing = torch.stack(counts).sum(0)
         dist.all_reduce(routing)
-        rows_targets = torch.cat([(b["labels_BT"] >= 0).sum(1) for b in batches])
+        rows_targets = torch.cat([target_counts(b) for b in batches])
         norm = self.deepspeed.get_global_grad_norm()
         return StepResult(
-            loss=total.item() / max(targets, 1),
+            loss=loss,
             skipped=not self.deepspeed.was_step_applied(),
-            targets=targets,
+            said=said,
             tokens=tokens,
             grad_norm=float(norm) if norm is not None else float("nan"),
             rows_loss=torch.cat(losses).cpu(),

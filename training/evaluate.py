@@ -28,16 +28,16 @@ class Validation:
         self.corpus, self.collate = corpus, collate
         self.tasks = [TASKS[name](corpus, "validation") for name in recipe.tasks]
         self.tasks = [task for task in self.tasks if len(task.pool)]
-        limits = {task.name: task.limit(recipe.text_positions) for task in self.tasks}
-        self.rows = {task.name: _rows(task, recipe.evaluation.rows, limits[task.name]) for task in self.tasks}
-        self.width = limits
+        self.blocks = {task.name: recipe.block if task.grouped else 1 for task in self.tasks}
+        self.width = {task.name: task.limit(recipe.text_positions) for task in self.tasks}
+        self.rows = {task.name: self._rows(task, recipe.evaluation.rows) for task in self.tasks}
         self.sample_rows = self._sample_rows(recipe.evaluation.samples)
 
     def losses(self, engine: Engine) -> dict[str, float]:
         """Nats a target, {"loss/validation/<task>": …}. Collective."""
         sums = torch.zeros(len(self.tasks), 2, dtype=torch.float64, device=engine.device)
         for index, task in enumerate(self.tasks):
-            for rows in _shares(self.rows[task.name], engine.config.micro_batch):
+            for rows in _shares(self.rows[task.name], engine.config.micro_batch, self.blocks[task.name]):
                 batch = self.collate(rows, self.width[task.name], engine.config.micro_batch)
                 loss_B, targets_B = engine.losses(batch)
                 sums[index] += torch.tensor([loss_B.sum(dtype=torch.float64), targets_B.sum()]).to(sums)
@@ -59,6 +59,14 @@ class Validation:
             for p, ids in zip(pictures, said, strict=True)
         ]
 
+    def _rows(self, task: Task, count: int) -> list[Row]:
+        """`count` rows, or as many as there are; of a grouped task whole blocks, or all that there is."""
+        pool, sides, block = task.pool, task.sides, self.blocks[task.name]
+        count = min(len(pool), max(count - count % block, block))
+        drawn = [shuffled(i, len(pool) // sides, (SEED, task.name)) for i in range(count // sides)]
+        items = [int(pool[number * sides + side]) for number in drawn for side in range(sides)]
+        return [task.row(item, self.width[task.name], random_at(SEED, place)) for place, item in enumerate(items)]
+
     def _ask(self, row: int) -> Row:
         return Row(self.corpus.tokenizer.encode(ASK_NAME), [self.corpus.tokenizer.eos_id], View(row, 0))
 
@@ -70,15 +78,13 @@ class Validation:
         return [int(pool[shuffled(i, len(pool), (SEED, "samples"))]) for i in range(min(count, len(pool)))]
 
 
-def _rows(task: Task, count: int, limit: int) -> list[Row]:
-    pool = task.pool
-    chosen = [int(pool[shuffled(i, len(pool), (SEED, task.name))]) for i in range(min(count, len(pool)))]
-    return [task.row(item, limit, random_at(SEED, place)) for place, item in enumerate(chosen)]
+def _shares(rows: Sequence[Row], size: int, block: int) -> list[Sequence[Row]]:
+    """This rank's share of the blocks of rows in batches of `size`, a multiple of `block`.
 
-
-def _shares(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    """This rank's share in batches of `size`; the same number of batches on all ranks, the last perhaps empty."""
+    The same number of batches on all ranks, the last perhaps empty.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    own = rows[rank::world]
-    most = -(-len(rows) // world)
+    blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
+    own = [row for one in blocks[rank::world] for row in one]
+    most = -(-len(blocks) // world) * block
     return [own[start : start + size] for start in range(0, most, size)]

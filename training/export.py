@@ -27,9 +27,10 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.m6 import M6, Layer
 from model.vision import PatchEmbedding
+from training import checkpoint_files
 from training.errors import UserError
 from training.files import flush
-from training.recipe import Recipe, one_line, shown
+from training.recipe import Recipe, one_line, parse_recipe, shown
 from training.tensor_files import SavedSlice, head, saved_slices
 
 if TYPE_CHECKING:  # its import takes seconds, and loading does without
@@ -193,7 +194,7 @@ def load_exported(
     gpus = torch.cuda.device_count()
     if away := [device for device in max_memory or () if isinstance(device, int) and device >= gpus]:
         raise UserError(f"max_memory: there is no GPU {away[0]} here, but {gpus}; leave it out")
-    description = _description(folder)
+    description = read_description(folder)
     model = _without_values(description.model, description.dtype)
     weights: dict[str, Tensor] = dict(model.named_parameters())
     placement = _place(model, max_memory) if device_map == "auto" else device_map
@@ -215,6 +216,25 @@ def load_exported(
     return model
 
 
+def load_checkpoint(path: Path) -> tuple[M6, Recipe]:
+    """The fp32 model of a checkpoint, ready for inference on the first GPU or the CPU, and the recipe of its training.
+
+    Raises UserError if it is damaged.
+    """
+    with checkpoint_files.reading(path):
+        if problems := checkpoint_files.problems(path):
+            raise UserError(f"{problems[0]}; `m6 verify` shows which --step is whole")
+        manifest = checkpoint_files.read_manifest(path)
+        recipe = parse_recipe(manifest.get("recipe", {}), [], str(path / checkpoint_files.MANIFEST))
+        model = _without_values(recipe.model_shape(), "fp32")
+        weights: dict[str, Tensor] = dict(model.named_parameters())
+        for name, pieces in _masters(path, saved_slices(path, manifest["files"]), weights).items():
+            values = torch.cat([chunk for piece in pieces for chunk in _values(piece)])
+            device = 0 if torch.cuda.is_available() else "cpu"
+            set_module_tensor_to_device(model, name, device, value=values.view(weights[name].shape))
+    return model, recipe
+
+
 def _place(model: M6, max_memory: Placement | None) -> Placement:
     whole = [Layer.__name__, PatchEmbedding.__name__]
     room = get_balanced_memory(model, max_memory=max_memory and dict(max_memory), no_split_module_classes=whole)
@@ -229,7 +249,8 @@ def _device(name: str, placement: Placement) -> int | str:
     return placement[name]
 
 
-def _description(folder: Path) -> Description:
+def read_description(folder: Path) -> Description:
+    """Of an export. Raises UserError."""
     try:
         return Description.model_validate_json((folder / CONFIG).read_bytes())
     except FileNotFoundError:

@@ -26,12 +26,12 @@ from training.errors import UserError
 from training.files import replace
 from training.image_folder import save_image_tokenizer
 from training.image_recipe import ImageTokenizerRecipe
+from training.measures.images import psnr, ssim
 from training.perceptual import PerceptualLoss
 from training.schedule import learning_rate
 
 METRICS, SHEET = "metrics.jsonl", "held_out.png"
 SHEET_COLUMNS = 16  # pictures of a style on the sheet
-RANGE = 2.0  # of values in [-1, 1]
 
 # Told what is being done, how much of it is, of how much, and figures of it.
 Report = Callable[[str, int, int, dict[str, float]], object]
@@ -148,23 +148,20 @@ def _measure(model: ImageTokenizer, corpus: Corpus, recipe: ImageTokenizerRecipe
     """Of each style and of all, on the plain view of the recipe's split."""
     rows = corpus.picture_rows(recipe.split)
     sources = np.array([corpus.picture(int(row)).source for row in rows])
-    psnr: list[np.ndarray] = []
+    quality: list[np.ndarray] = []
     codes: list[np.ndarray] = []
     for image_BcHW in _batches(FixedViews(corpus, rows, recipe.model.side, views=1), recipe, _device(model)):
         codes_BP = model.encode(image_BcHW)
-        psnr.append(_psnr(model.decode(codes_BP), image_BcHW).cpu().numpy())
+        pair = (model.decode(codes_BP) + 1) / 2, (image_BcHW + 1) / 2
+        quality.append(torch.stack([psnr(*pair), ssim(*pair)]).cpu().numpy())
         codes.append(codes_BP.cpu().numpy())
     styles = {str(source): sources == source for source in np.unique(sources)} | {"all": np.full(len(rows), True)}
     return {
-        style: {"pictures": int(chosen.sum()), "psnr": float(np.concatenate(psnr)[chosen].mean())}
+        style: {"pictures": int(chosen.sum())}
+        | dict(zip(("psnr", "ssim"), np.concatenate(quality, 1)[:, chosen].mean(1).tolist(), strict=True))
         | _codebook_use(np.concatenate(codes)[chosen], model.config.codes)
         for style, chosen in styles.items()
     }
-
-
-def _psnr(image_BcHW: Tensor, reference_BcHW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture, in dB."""
-    return 10 * torch.log10(RANGE**2 / (image_BcHW - reference_BcHW).square().mean((1, 2, 3)))
 
 
 def _codebook_use(codes: np.ndarray, entries: int) -> dict[str, float]:

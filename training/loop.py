@@ -61,10 +61,10 @@ class Training:
         dist.barrier()  # every rank has looked before the first makes the folder
         self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / SWAP)
         self.corpus = Corpus.open(recipe.data)
-        collate = Collator(self.corpus, self.config.model)
+        collate = Collator(self.corpus, self.config.model, recipe.block)
         order = GlobalOrder(
             [TASKS[task](self.corpus, "train") for task in recipe.tasks],
-            recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed,
+            recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block,
         )  # fmt: skip
         self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
         self.validation = Validation(self.corpus, recipe, collate)

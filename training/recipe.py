@@ -33,7 +33,7 @@ from training.errors import UserError
 # Said in the ds_config's "m6" block, beside the parallelism that they belong to.
 DS_CONFIG_KEYS = ("capacity", "capacity_factor")
 # Those of training.data.tasks, whose import would take seconds.
-TASK_NAMES = ("caption", "denoise", "image_denoise", "language", "poem", "review")
+TASK_NAMES = ("ask", "caption", "contrast", "denoise", "image_denoise", "language", "match", "poem", "review")
 
 _SHAPE = TypeAdapter(ModelConfig)
 # Products of two stay positions, which are 64-bit integers.
@@ -114,6 +114,7 @@ class Recipe(Section):
     global_batch: Count  # rows a step, on however many ranks
     text_positions: int = Field(96, ge=8)  # source + target tokens of a row at the most
     tasks: dict[Task, Weight]  # task: weight in the mixture
+    contrast_pairs: Count = 32  # pictures and their texts that task `contrast` tells apart at once
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
@@ -144,6 +145,11 @@ class Recipe(Section):
         if self.text_positions > config.max_positions:
             raise ValueError(f"text_positions={self.text_positions} is more than max_positions={config.max_positions}")
         return self
+
+    @property
+    def block(self) -> int:
+        """Rows that must be on one rank, in one micro-batch."""
+        return 2 * self.contrast_pairs if "contrast" in self.tasks else 1
 
     def sha256(self) -> str:
         """The same for equal recipes, by which runs can be told apart."""

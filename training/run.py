@@ -14,6 +14,7 @@ from typing import IO, Any
 import yaml
 
 from model.config import ModelConfig
+from training import checkpoint_files
 from training.ds_config import DSConfig
 from training.errors import UserError
 from training.files import replace
@@ -62,6 +63,26 @@ def run_folder(name: str, root: Path = FOLDER) -> Path:
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{folder}: cannot be written to; start where it can, or mount it for writing")
     return folder
+
+
+def checkpoints_of(run: str | Path) -> Path:
+    """The folder of checkpoints, or the one checkpoint, that is meant by a run's name or a folder. Raises UserError."""
+    folder = FOLDER / run if (FOLDER / run).is_dir() else Path(run)
+    if not folder.is_dir():
+        raise UserError(f"{run}: no such run; see the folders under {FOLDER}/")
+    return folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
+
+
+def chosen_checkpoints(place: Path, step: int | None = None) -> list[Path]:
+    """The checkpoints that are meant, by steps, in a folder of `checkpoints_of`. Raises UserError if there is none."""
+    if checkpoint_files.NAME.fullmatch(place.absolute().name):
+        return [place]
+    steps = checkpoint_files.steps(place)
+    if not steps:
+        raise UserError(f"{place}: no checkpoints there")
+    if step is not None and step not in steps:
+        raise UserError(f"--step {step}: no such checkpoint in {place}; there are {', '.join(map(str, steps))}")
+    return [place / f"step-{number}" for number in (steps if step is None else [step])]
 
 
 def check_unchanged(earlier: Recipe, recipe: Recipe, allowed: Sequence[str], started: str) -> None:

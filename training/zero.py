@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 
 NORM_PIECE = 2**16  # numbers whose fp64 form stays in a core's cache
 _PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
@@ -28,9 +27,7 @@ def spare_passes(optimizer: Any) -> None:
     optimizer.unscale_and_clip_grads = partial(_clip_if_needed, optimizer, optimizer.unscale_and_clip_grads)
 
 
-def _average_alone(
-    optimizer: Any, average: Any, parameters: Sequence[Parameter], communication: torch.dtype
-) -> list[Tensor]:
+def _average_alone(optimizer: Any, average: Any, parameters: Sequence[Any], communication: torch.dtype) -> list[Tensor]:
     alone = dist.get_world_size(optimizer._get_param_partition_group(parameters[0])) == 1
     if not alone or optimizer.gradient_predivide_factor != 1 or communication != optimizer.dtype:
         return average(parameters, communication)

@@ -1,4 +1,4 @@
-"""Greedy decoding against a loop over single rows, without padding."""
+"""Greedy decoding by calls of the whole model, against a loop over single rows, without padding."""
 
 import dataclasses
 

@@ -15,7 +15,17 @@ RECIPE: dict[str, Any] = {
     "steps": 20,
     "global_batch": 16,
     "text_positions": 64,
-    "tasks": {"caption": 2, "image_denoise": 1, "denoise": 1, "language": 1, "poem": 1, "review": 1},
+    "tasks": {
+        "caption": 2,
+        "match": 1,
+        "image_denoise": 1,
+        "denoise": 1,
+        "language": 1,
+        "poem": 1,
+        "review": 1,
+        "contrast": 3,
+    },
+    "contrast_pairs": 2,
     # Clips at every step, and moves the weights far within 20.
     "optimizer": {"lr": 1e-3, "clip": 0.3},
     "schedule": {"warmup": 5},
@@ -68,10 +78,9 @@ class Rank:
         self.config = ds_config.resolve(self.recipe, world, 0, swap)
         corpus = Corpus.open(data)
         tasks = [TASKS[name](corpus, "train") for name in self.recipe.tasks]
-        order = GlobalOrder(
-            tasks, self.recipe.tasks, self.recipe.global_batch, self.recipe.text_positions, self.recipe.seed
-        )
-        self.collate = Collator(corpus, self.config.model)
+        recipe = self.recipe
+        order = GlobalOrder(tasks, recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block)
+        self.collate = Collator(corpus, self.config.model, recipe.block)
         self.batches = StepBatches(order, self.collate, self.config.micro_batch, dist.get_rank(), world)
         self.engine = Engine(self.config, self.recipe.seed)
 

@@ -20,6 +20,7 @@ from training.errors import UserError
 from training.image_folder import CODES, DESCRIPTION, WEIGHTS, load_image_codes, load_image_tokenizer
 from training.image_recipe import ImageTokenizerRecipe, load_image_recipe
 from training.image_tokenizer import METRICS, SHEET, train_image_tokenizer
+from training.measures.images import psnr, ssim
 from training.perceptual import PerceptualLoss
 from training.recipe import parse_settings
 
@@ -71,16 +72,16 @@ def test_measures_are_of_held_out_pictures(trained, sample_corpus):
     model = load_image_tokenizer(folder)
     for style in ("A", "C", "all"):
         rows = sample_corpus.picture_rows("validation", **({} if style == "all" else {"source": style}))
-        codes, psnr = [], []
+        codes, quality = [], []
         for row in rows:
             pixels = sample_corpus.pixels(int(row), 0, 32)
             codes.append(model.encode(torch.from_numpy(pixels)[None]))
-            error = (model.decode(codes[-1])[0].numpy() - pixels) / 2
-            psnr.append(-10 * np.log10((error.astype(np.float64) ** 2).mean()))
+            decoded, original = (model.decode(codes[-1]) + 1) / 2, torch.from_numpy(pixels + 1)[None] / 2
+            quality.append([psnr(decoded, original).item(), ssim(decoded, original).item()])
         shares = torch.cat(codes).unique(return_counts=True)[1] / torch.cat(codes).numel()
         found = measures[style]
         assert found["pictures"] == len(rows) > 0
-        assert found["psnr"] == pytest.approx(np.mean(psnr), abs=0.01)
+        assert [found["psnr"], found["ssim"]] == pytest.approx(np.mean(quality, 0).tolist(), rel=1e-3)
         assert found["codes_used"] == len(shares) / 200
         assert found["code_perplexity"] == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-3)
 

@@ -5,8 +5,9 @@ Shape suffixes: B rows, T text positions, P image patches, C channels of a patch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from model.vision import patchify
 from training.data.corpus import Corpus
 from training.data.order import GlobalOrder
 from training.data.tasks import Row, View
+from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -25,16 +27,18 @@ Batch = dict[str, Tensor]
 WIDTH_MULTIPLE = 8  # text positions of a batch are rounded up to this: few shapes
 
 
-class Collator:
-    """Rows -> the tensors that `model.m6.M6` takes."""
+class Batcher:
+    """Rows -> the tensors that `model.m6.M6` takes. Each `block` rows with a concept, as they come, are a group.
 
-    def __init__(self, corpus: Corpus, model: ModelConfig):
-        self.corpus, self.model = corpus, model
-        _check(corpus, model)
+    `look` gives the patches [P, C] of what stands for a row's picture.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, model: ModelConfig, look: Callable[[Any], np.ndarray], block: int = 1):
+        self.tokenizer, self.model, self.look, self.block = tokenizer, model, look, block
 
     def __call__(self, rows: Sequence[Row], width: int, size: int | None = None) -> Batch:
         """A batch of `size` rows, `width` text positions each (rounded up); rows that lack are empty ones."""
-        tokenizer, model = self.corpus.tokenizer, self.model
+        tokenizer, model = self.tokenizer, self.model
         size, width = size or len(rows), min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, model.max_positions)
         tokens_BT = np.full((size, width), tokenizer.pad_id, np.int64)
         labels_BT = np.full((size, width), IGNORE, np.int64)
@@ -44,25 +48,51 @@ class Collator:
             np.zeros(size, bool),
         )
         image_BPC = np.zeros((size, model.image_patches, model.image_channels), np.float32)
+        group_B, concept_B = self._groups(rows, size)
         for i, row in enumerate(rows):
-            text = [*row.source, tokenizer.bos_id, *row.target[:-1]]
+            start = tokenizer.bos_id if row.concept is None else tokenizer.embed_id
+            text = [*row.source, start, *row.target[:-1]]
             source_B[i], length_B[i] = len(row.source), len(text)
             tokens_BT[i, : len(text)] = text
-            labels_BT[i, len(row.source) : len(text)] = row.target
+            labels_BT[i, len(row.source) : len(row.source) + len(row.target)] = row.target
             if row.picture is not None:
-                has_image_B[i], image_BPC[i] = True, self._picture(row.picture)
+                has_image_B[i], image_BPC[i] = True, self.look(row.picture)
         arrays = {
             "tokens_BT": tokens_BT, "labels_BT": labels_BT, "source_B": source_B, "length_B": length_B,
-            "image_BPC": image_BPC, "has_image_B": has_image_B,
+            "image_BPC": image_BPC, "has_image_B": has_image_B, "group_B": group_B, "concept_B": concept_B,
         }  # fmt: skip
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def _picture(self, view: View) -> np.ndarray:
+    def _groups(self, rows: Sequence[Row], size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Contrastive group and concept of each row, [size] int64; -1 without one."""
+        concept_B = np.full(size, -1, np.int64)
+        concept_B[: len(rows)] = [-1 if row.concept is None else row.concept for row in rows]
+        own_B = concept_B >= 0
+        return np.where(own_B, (own_B.cumsum() - 1) // self.block, -1), concept_B
+
+
+class Collator(Batcher):
+    """Of rows whose pictures are views of the corpus' own."""
+
+    def __init__(self, corpus: Corpus, model: ModelConfig, block: int = 1):
+        _check(corpus, model)
+        super().__init__(corpus.tokenizer, model, self._view, block)
+        self.corpus = corpus
+
+    def _view(self, view: View) -> np.ndarray:
         if self.model.image_input == "features":
             return self.corpus.features[view.row, view.augmentation]
-        side = round((self.model.image_channels // 3 * self.model.image_patches) ** 0.5)
-        pixels = self.corpus.pixels(view.row, view.augmentation, side)
-        return patchify(torch.from_numpy(pixels)[None], self.model.image_patches)[0].numpy()
+        return pixel_patches(self.corpus.pixels(view.row, view.augmentation, picture_side(self.model)), self.model)
+
+
+def picture_side(model: ModelConfig) -> int:
+    """Pixels of a side of the square that is cut into patches."""
+    return round((model.image_channels // 3 * model.image_patches) ** 0.5)
+
+
+def pixel_patches(pixels: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """[3, side, side] -> [P, C]."""
+    return patchify(torch.from_numpy(pixels)[None], model.image_patches)[0].numpy()
 
 
 def _check(corpus: Corpus, model: ModelConfig) -> None:

@@ -33,6 +33,7 @@ _TOKENIZER_VERSES = 60_000
 # Captions are few and are what the model is asked about: counted so often, their words become pieces.
 _CAPTION_WEIGHT = 10
 _FEATURE_BATCH = 16
+_LEAST_DEVIATION = 1e-3  # of channels that never fire
 
 
 def build_corpus(
@@ -56,9 +57,10 @@ def build_corpus(
     with phase("tokenizer", seconds), working("tokenizer"):
         train_tokenizer(_tokenizer_lines(pictures, texts), folder / corpus.TOKENIZER, vocab_size)
     with phase("features", seconds):
-        # Not by `save_file`, whose files are for their owner alone.
-        (folder / corpus.FEATURE_NETWORK).write_bytes(save(network.state_dict()))
-        _write_features(folder, pictures)
+        _write_network(folder, network)
+        raw = _write_features(folder, pictures)
+        _standardise(raw, network, np.array([picture.split == "train" for picture in pictures]))
+        _write_network(folder, network)
     with phase("checksums", seconds):
         _write_manifest(folder, pictures, texts, sources, log)
     return seconds
@@ -90,8 +92,26 @@ def _tokenizer_lines(pictures: Sequence[Picture], texts: Sequence[Text]) -> Iter
             yield from (text.text, text.topic, text.polarity)
 
 
-def _write_features(folder: Path, pictures: Sequence[Picture]) -> None:
-    """features.npy: float16 [pictures, K, P, C]."""
+def _write_network(folder: Path, network: EfficientNetLite0) -> None:
+    # Not by `save_file`, whose files are for their owner alone.
+    (folder / corpus.FEATURE_NETWORK).write_bytes(save(network.state_dict()))
+
+
+def _standardise(features: np.memmap, network: EfficientNetLite0, training: np.ndarray) -> None:
+    """Give the network each channel's mean and deviation over the `training` pictures, and take them out of all."""
+    own = np.flatnonzero(training)
+    count = len(own) * features[0, ..., 0].size
+    mean = sum(features[row].sum((0, 1), dtype=np.float64) for row in own) / count
+    deviation = np.sqrt(sum(((features[row] - mean) ** 2).sum((0, 1)) for row in own) / count) + _LEAST_DEVIATION
+    network.mean.copy_(torch.from_numpy(mean))
+    network.deviation.copy_(torch.from_numpy(deviation))
+    for row in features:
+        row[:] = (row - mean) / deviation
+    features.flush()
+
+
+def _write_features(folder: Path, pictures: Sequence[Picture]) -> np.memmap:
+    """features.npy: float16 [pictures, K, P, C], as the network in the folder has them."""
     network = PatchFeatures(folder / corpus.FEATURE_NETWORK)
     views = len(AUGMENTATIONS)
     shape = (len(pictures), views, PATCHES, CHANNELS)
@@ -114,7 +134,7 @@ def _write_features(folder: Path, pictures: Sequence[Picture]) -> None:
     finally:
         # An interruption must not wait for the batches that are still queued.
         pool.shutdown(cancel_futures=True)
-    out.flush()
+    return out
 
 
 def _write_manifest(

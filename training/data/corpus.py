@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
-from training.data.features import augmented, signed
+from training.data.features import as_array, augmented
 from training.data.rows import Picture, Text
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
 # Raised whenever the layout changes, or the same packages would give another corpus.
-FORMAT = 1
+FORMAT = 2
 FOLDER = "corpus"
 PICTURES, TEXTS = "pictures", "texts"
 TOKENIZER, FEATURES, FEATURE_NETWORK = "tokenizer.model", "features.npy", "feature_network.safetensors"
@@ -83,7 +83,8 @@ class Corpus:
     def pixels(self, row: int, augmentation: int, side: int) -> np.ndarray:
         """float32 [3, side, side] in [-1, 1]: the view of a picture that `features[row, augmentation]` describes."""
         picture = self.picture(row)
-        return signed(augmented(picture.pil(), augmentation, picture.mirrorable, side))
+        square = augmented(picture.pil(), augmentation, picture.mirrorable, side)
+        return as_array(square)
 
     def picture_rows(self, split: str, **equals: Any) -> np.ndarray:
         """int64 row numbers of the pictures of a split whose columns equal the given values."""

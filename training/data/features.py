@@ -85,7 +85,10 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The ImageNet classifier; `features` is what M6 sees, `forward` gives logits [n, 1000]."""
+    """The ImageNet classifier; `patches` is what M6 sees, `forward` gives logits [n, 1000]."""
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,6 +101,16 @@ class EfficientNetLite0(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.conv_head, self.bn1 = _conv(channels, CHANNELS), _norm(CHANNELS)
         self.fc = nn.Linear(CHANNELS, _CLASSES)
+        # Of each channel over the corpus' training pictures; `patches` takes them out.
+        self.register_buffer("mean", torch.zeros(CHANNELS))
+        self.register_buffer("deviation", torch.ones(CHANNELS))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """[n, 3, h, w] of normalised pixels -> [n, h/32 * w/32, 1280], row by row, each channel standardised.
+
+        ReLU6 leaves channels with means far from zero, beside which what tells pictures apart is small.
+        """
+        return (self.features(x).flatten(2).transpose(1, 2) - self.mean) / self.deviation
 
     def stem(self, x: Tensor) -> Tensor:
         """[n, 3, h, w] of normalised pixels -> [n, 32, h/2, w/2], the blocks' input."""
@@ -153,11 +166,17 @@ def placed(image: Image.Image, view: Augmentation, mirrorable: bool, square_side
     return square
 
 
+def as_array(square: Image.Image) -> np.ndarray:
+    """An RGB image as float32 [3, side, side] in [-1, 1]."""
+    return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
 def load_published_weights(pickled: bytes) -> EfficientNetLite0:
     """The network from the state dict of the published package, read without unpickling objects."""
     state = torch.load(io.BytesIO(pickled), map_location="cpu", weights_only=True)
     network = EfficientNetLite0()
-    network.load_state_dict({_own_name(name): tensor for name, tensor in state.items()}, strict=True)
+    own = {name: buffer for name, buffer in network.named_buffers() if name in ("mean", "deviation")}
+    network.load_state_dict(own | {_own_name(name): tensor for name, tensor in state.items()}, strict=True)
     return network.eval()
 
 
@@ -188,18 +207,13 @@ class PatchFeatures:
     @torch.inference_mode()
     def of_squares(self, squares: list[Image.Image]) -> Tensor:
         """Squares of IMAGE_SIZE, as `augmented` makes them -> float32 [n, 16, 1280], patches row by row."""
-        return self.network.features(pixels(squares)).flatten(2).transpose(1, 2).contiguous()
+        return self.network.patches(pixels(squares)).contiguous()
 
 
 def pixels(squares: list[Image.Image]) -> Tensor:
     """RGB images of one size -> [n, 3, h, w], scaled as the network was trained to see them."""
     array = np.stack([np.asarray(square, dtype=np.float32) for square in squares])
     return normalised(torch.from_numpy(array)).permute(0, 3, 1, 2)
-
-
-def signed(square: Image.Image) -> np.ndarray:
-    """An RGB image as float32 [3, h, w] in [-1, 1]."""
-    return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
 def normalised(values: Tensor) -> Tensor:

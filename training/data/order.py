@@ -7,12 +7,15 @@ position is seen exactly once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from training.data.tasks import Row, Task
 from training.errors import UserError
+
+T = TypeVar("T")
 
 ROUNDS = 4  # of the Feistel network: enough to mix well (Luby and Rackoff 1988)
 
@@ -21,10 +24,19 @@ class GlobalOrder:
     """Rows of several tasks in one endless order; each step of `batch` rows has the same share of each task.
 
     Within a step each task's rows are spread evenly, so that micro-batches of more rows than there are tasks have
-    about the same work on all ranks. Each task goes through its pool in an order of its own, a new one each epoch.
+    about the same work on all ranks; those of a grouped task in blocks of `block` positions, which a micro-batch holds
+    whole if it is a multiple of that. Each task goes through its pool in an order of its own, a new one each epoch.
     """
 
-    def __init__(self, tasks: Sequence[Task], weights: Mapping[str, float], batch: int, text_positions: int, seed: int):
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        weights: Mapping[str, float],
+        batch: int,
+        text_positions: int,
+        seed: int,
+        block: int = 1,
+    ):
         self.tasks = sorted(tasks, key=lambda task: task.name)
         for task in self.tasks:
             if not len(task.pool):
@@ -32,16 +44,22 @@ class GlobalOrder:
                     f"tasks.{task.name}: the corpus has nothing for it in split {task.split!r}: leave it out"
                 )
         self.batch, self.text_positions, self.seed = batch, text_positions, seed
-        self.counts = allot({task.name: weights[task.name] for task in self.tasks}, batch)
-        # Of each place in a step: its task, and which of that task's rows it is.
-        self._places = [(task, turn) for _, task, turn in sorted(self._turns(), key=lambda turn: turn[0])]
+        weights, grouped = {t.name: weights[t.name] for t in self.tasks}, [t.name for t in self.tasks if t.grouped]
+        self.counts = allot_blocks(weights, batch, grouped[0], block) if grouped else allot(weights, batch)
+        self._places = self._spread(block)
 
-    def _turns(self) -> Iterator[tuple[float, Task, int]]:
-        """Each row of a step: how far into the step it wants to stand, from 0 to 1, its task and its turn in it."""
-        for task in self.tasks:
-            count = self.counts[task.name]
-            for turn in range(count):
-                yield (turn + 0.5) / count, task, turn
+    def _spread(self, block: int) -> list[tuple[Task, int]]:
+        """Of each place in a step: its task, and which of that task's rows it is."""
+        alone = [task for task in self.tasks if not task.grouped]
+        grouped = [task for task in self.tasks if task.grouped]
+        rows = iter(spread(alone, [self.counts[task.name] for task in alone]))
+        # Blocks of one row each, or the grouped task's and others.
+        counts = [self.counts[task.name] // block for task in grouped]
+        blocks = [*grouped, None]
+        places: list[tuple[Task, int]] = []
+        for task, turn in spread(blocks, [*counts, self.batch // block - sum(counts)]):
+            places += [(task, turn * block + place) if task else next(rows) for place in range(block)]
+        return places
 
     def task_at(self, position: int) -> Task:
         return self._places[position % self.batch][0]
@@ -50,7 +68,9 @@ class GlobalOrder:
         step, place = divmod(position, self.batch)
         task, turn = self._places[place]
         epoch, draw = divmod(step * self.counts[task.name] + turn, len(task.pool))
-        item = int(task.pool[shuffled(draw, len(task.pool), (self.seed, task.name, epoch))])
+        chosen, side = divmod(draw, task.sides)
+        chosen = shuffled(chosen, len(task.pool) // task.sides, (self.seed, task.name, epoch))
+        item = int(task.pool[chosen * task.sides + side])
         return task.row(item, task.limit(self.text_positions), random_at(self.seed, position))
 
     def width(self, start: int, stop: int) -> int:
@@ -62,6 +82,26 @@ class GlobalOrder:
 def random_at(seed: int, position: int) -> np.random.Generator:
     """The random numbers of one position."""
     return np.random.Generator(np.random.Philox(key=[seed, position]))
+
+
+def spread(things: Sequence[T], counts: Sequence[int]) -> list[tuple[T, int]]:
+    """Each thing as often as it counts, evenly spread, with its turn (from 0)."""
+    turns = [((turn + 0.5) / count, i, turn) for i, count in enumerate(counts) for turn in range(count)]
+    return [(things[i], turn) for _, i, turn in sorted(turns)]
+
+
+def allot_blocks(weights: Mapping[str, float], batch: int, grouped: str, block: int) -> dict[str, int]:
+    """`allot`, where the task `grouped` has whole blocks: as many as come nearest to its share, and at least one.
+
+    Raises UserError if that cannot be.
+    """
+    if batch % block:
+        raise UserError(f"global_batch={batch} is not divisible by {block}, the rows of a contrastive group")
+    own = max(1, round(allot(weights, batch)[grouped] / block)) * block
+    rest = {name: weight for name, weight in weights.items() if name != grouped}
+    if len(rest) > batch - own:
+        raise UserError(f"global_batch={batch} leaves no room for {', '.join(rest)} beside {own} contrastive rows")
+    return {grouped: own, **(allot(rest, batch - own) if rest else {})}
 
 
 def allot(weights: Mapping[str, float], batch: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import sentencepiece
 from training.errors import UserError
 
 VOCAB_SIZE = 16_000
-PAD_ID, UNK_ID, BOS_ID, EOS_ID, MASK_ID = range(5)
+PAD_ID, UNK_ID, BOS_ID, EOS_ID, MASK_ID, EMBED_ID = range(6)
 RESERVED = 27
 SPECIAL_IDS = 5 + RESERVED
 # The trained pieces depend on how many threads share the counting; two are what every machine has.
 _THREADS = 2
 _COVERAGE = 0.9995
+_PARTS = re.compile("[\u3400-\u9fff]|[^\u3400-\u9fff]+")
 
 
 def train_tokenizer(lines: Iterable[str], path: Path, vocab_size: int = VOCAB_SIZE) -> None:
@@ -51,10 +53,12 @@ def train_tokenizer(lines: Iterable[str], path: Path, vocab_size: int = VOCAB_SI
 class Tokenizer:
     """A trained model. Ids: 0 <pad>, 1 <unk>, 2 <bos>, 3 <eos>, 4 <mask>, 5..31 reserved, then pieces.
 
+    Of the reserved ones, 5 stands where a row is summed up for search (`embed_id`).
+
     Pickles as its path. Raises UserError if `path` is not a SentencePiece model.
     """
 
-    pad_id, bos_id, eos_id, mask_id = PAD_ID, BOS_ID, EOS_ID, MASK_ID
+    pad_id, bos_id, eos_id, mask_id, embed_id = PAD_ID, BOS_ID, EOS_ID, MASK_ID, EMBED_ID
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -71,6 +75,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def encode_finely(self, text: str) -> list[int]:
+        """Each Chinese character by itself, so that a rare word's characters are those of common ones."""
+        return [piece for part in _PARTS.findall(text) for piece in self.encode(part)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special ids say nothing and are skipped."""

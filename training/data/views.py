@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from training.data.corpus import Corpus
-from training.data.features import AUGMENTATIONS, Augmentation, placed, signed
+from training.data.features import AUGMENTATIONS, Augmentation, as_array, placed
 from training.data.order import random_at, shuffled
 from training.errors import UserError
 from training.image_recipe import ImageTokenizerRecipe
@@ -37,7 +37,7 @@ class RandomViews(Dataset[Tensor]):
         row = self.rows[shuffled(draw, len(self.rows), (self.recipe.seed, "image tokenizer", epoch))]
         picture = self.corpus.picture(int(row))
         view = self.view(position)
-        return torch.from_numpy(signed(placed(picture.pil(), view, picture.mirrorable, self.recipe.model.side)))
+        return torch.from_numpy(as_array(placed(picture.pil(), view, picture.mirrorable, self.recipe.model.side)))
 
     def view(self, position: int) -> Augmentation:
         views, random = self.recipe.views, random_at(self.recipe.seed, position)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model.config import ModelConfig
+from model.contrast import WORTH
 from model.m6 import IGNORE, M6
 from training.data.batches import WIDTH_MULTIPLE, Collator, StepBatches
 from training.data.features import AUGMENTATIONS, IMAGE_SIZE, augmented
@@ -230,3 +231,16 @@ def test_an_error_in_a_batch_ahead_is_raised(order, collate):
     batches.collate = None  # the step ahead may or may not be done
     with pytest.raises(TypeError):
         [batches.take(step) for step in (1, 2, 3)]
+
+
+def test_rows_with_a_concept_are_summed_up_and_grouped(collate, shape):
+    tokenizer = collate.corpus.tokenizer
+    grouping = Collator(collate.corpus, shape, block=4)
+    pair = [Row([], [], View(3, 0), 7), Row([50, 51], [], None, 7)]
+    batch = grouping([*pair, Row([50], [60]), *pair, *pair], 8, size=8)
+    assert batch["group_B"].tolist() == [0, 0, -1, 0, 0, 1, 1, -1]
+    assert batch["concept_B"].tolist() == [7, 7, -1, 7, 7, 7, 7, -1]
+    assert batch["tokens_BT"][:2, :3].tolist() == [[tokenizer.embed_id, 0, 0], [50, 51, tokenizer.embed_id]]
+    assert batch["length_B"].tolist()[:3] == [1, 3, 2] and batch["source_B"].tolist()[:2] == [0, 2]
+    assert (batch["labels_BT"][:2] == IGNORE).all()
+    assert M6(shape)(batch)["targets_B"].tolist() == [WORTH, WORTH, 1, WORTH, WORTH, WORTH, WORTH, 0]

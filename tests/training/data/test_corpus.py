@@ -116,3 +116,11 @@ def test_a_manifest_that_lacks_something_is_damaged(copy, change):
     manifest_path.write_text(json.dumps(manifest | change))
     with pytest.raises(UserError, match=r"manifest.json: damaged .*m6 data fetch"):
         Corpus.open(copy)
+
+
+def test_features_are_standardised_over_the_training_pictures(sample_corpus):
+    own = np.asarray(sample_corpus.features[sample_corpus.picture_rows("train")], np.float64)
+    spread = own.std((0, 1, 2))
+    assert abs(own.mean((0, 1, 2))).max() < 2e-3
+    fires = spread > 0.5  # a channel may be silent in a small sample
+    assert fires.mean() > 0.9 and abs(spread[fires] - 1).max() < 0.05

@@ -63,6 +63,8 @@ def test_patches_are_the_map_row_by_row(features):
     with torch.inference_mode():
         grid = features.network.features(pixels([square]))
     assert grid.shape == (1, CHANNELS, 4, 4)
+    mean, deviation = (buffer[:, None, None] for buffer in (features.network.mean, features.network.deviation))
+    grid = (grid - mean) / deviation
     patches = features([picture()])
     assert torch.equal(patches[0, 1], grid[0, :, 0, 1]) and torch.equal(patches[0, 4], grid[0, :, 1, 0])
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.order import GlobalOrder, allot, random_at, shuffled
+from training.data.order import GlobalOrder, allot, allot_blocks, random_at, shuffled
 from training.data.tasks import TASKS
 from training.errors import UserError
 
@@ -14,8 +14,8 @@ WEIGHTS = {"caption": 3, "image_denoise": 1, "denoise": 1, "language": 1, "poem"
 weights = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1e-3, 1e3), min_size=1)
 
 
-def order(corpus, weights=WEIGHTS, batch=16, text_positions=96, seed=1, split="train"):
-    return GlobalOrder([TASKS[name](corpus, split) for name in weights], weights, batch, text_positions, seed)
+def order(corpus, weights=WEIGHTS, batch=16, text_positions=96, seed=1, split="train", block=1):
+    return GlobalOrder([TASKS[name](corpus, split) for name in weights], weights, batch, text_positions, seed, block)
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +141,50 @@ def test_a_task_without_items_is_named(sample_corpus):
     task.pool = task.pool[:0]
     with pytest.raises(UserError, match=r"tasks.poem: the corpus has nothing for it in split 'train': leave it out"):
         GlobalOrder([task], {"poem": 1}, 8, 96, 1)
+
+
+@LAW
+@given(weights, st.integers(1, 20), st.sampled_from([1, 2, 8, 64]))
+def test_blocks_are_whole_and_the_rest_is_shared_out(weights, blocks, block):
+    grouped, batch = min(weights), blocks * block
+    rest = {name: weight for name, weight in weights.items() if name != grouped}
+    try:
+        counts = allot_blocks(weights, batch, grouped, block)
+    except UserError as error:
+        assert str(error).startswith(f"global_batch={batch} ") and len(rest) > 0
+        return
+    assert counts.keys() == weights.keys() and sum(counts.values()) == batch and min(counts.values()) >= 1
+    assert counts[grouped] % block == 0
+    assert {name: counts[name] for name in rest} == (allot(rest, batch - counts[grouped]) if rest else {})
+
+
+def test_a_batch_that_is_no_whole_number_of_blocks_is_refused():
+    with pytest.raises(UserError, match="global_batch=17 is not divisible by 8, the rows of a contrastive group"):
+        allot_blocks({"caption": 1, "contrast": 1}, 17, "contrast", 8)
+    with pytest.raises(UserError, match="global_batch=8 leaves no room for caption beside 8 contrastive rows"):
+        allot_blocks({"caption": 1, "contrast": 9}, 8, "contrast", 8)
+
+
+@pytest.mark.parametrize(("batch", "block"), [(32, 8), (64, 16), (16, 2)])
+def test_contrastive_pairs_stand_together_in_whole_blocks(sample_corpus, batch, block):
+    mixed = order(sample_corpus, WEIGHTS | {"contrast": 3}, batch, block=block)
+    for start in range(0, 3 * batch, block):
+        names = {mixed.task_at(position).name for position in range(start, start + block)}
+        assert names == {"contrast"} or "contrast" not in names
+        if names == {"contrast"}:
+            rows = [mixed.row(position) for position in range(start, start + block)]
+            for seen, said in zip(rows[::2], rows[1::2], strict=True):
+                assert seen.picture is not None and said.picture is None and seen.concept == said.concept
+
+
+def test_every_epoch_of_pairs_takes_each_pair_once(sample_corpus):
+    mixed = order(sample_corpus, {"contrast": 1}, 8, block=8)
+    (task,) = mixed.tasks
+    seen = []
+    task.row = lambda item, limit, random: seen.append(item)
+    for position in range(2 * len(task.pool)):
+        mixed.row(position)
+    for epoch in (seen[: len(task.pool)], seen[len(task.pool) :]):
+        assert sorted(epoch) == sorted(task.pool) and all(
+            words == ~item for item, words in zip(epoch[::2], epoch[1::2], strict=True)
+        )

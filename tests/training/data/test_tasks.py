@@ -8,13 +8,19 @@ from hypothesis import strategies as st
 
 from training.data.order import random_at
 from training.data.tasks import TASKS, View
+from training.data.tasks.ask import KIND, WHAT, plain_questions
+from training.data.tasks.ask import NO as THERE_IS_NONE
+from training.data.tasks.ask import YES as THERE_IS
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS, Caption, full_text
+from training.data.tasks.contrast import picture_words
 from training.data.tasks.denoise import MASKED_SHARE, mask_spans, window
+from training.data.tasks.match import NO, YES, match_question
 from training.data.tasks.writing import poem_prompt, review_prompt
 
 LAW = settings(deadline=None, derandomize=True)
 MASK = -1
 SPLITS = ("train", "validation")
+PICTURED = ("ask", "caption", "contrast", "image_denoise", "match")
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +105,14 @@ def test_rows_are_pure_and_of_their_split(tasks, sample_corpus, name, split):
     task = tasks[name, split]
     assert len(task.pool)
     for position, item in enumerate(task.pool[:40].tolist()):
-        held = sample_corpus.picture(item) if name in ("caption", "image_denoise") else sample_corpus.text(item)
+        number = max(item, ~item)  # a picture's words are its number's complement
+        held = sample_corpus.picture(number) if name in PICTURED else sample_corpus.text(number)
         assert held.split == split
         limit = task.limit(96)
         row = task.row(item, limit, random_at(1, position))
         assert row == task.row(item, limit, random_at(1, position))
-        assert row.target and len(row.source) + len(row.target) <= limit
+        assert bool(row.target) == (row.concept is None)
+        assert len(row.source) + max(len(row.target), 1) <= limit
         if row.picture is not None:
             assert row.picture.row == item
 
@@ -184,3 +192,91 @@ def test_writing_is_asked_for(tasks, sample_corpus, name, prompt):
         assert task.tokenizer.decode(row.source) == prompt(text) and task.tokenizer.decode(row.target) == text.text
     wanted = (text.form, text.title, text.author) if name == "poem" else (text.polarity, text.topic)
     assert all(part in prompt(text) for part in wanted)
+
+
+def test_matching_is_right_half_of_the_time_and_wrong_within_the_subgroup(tasks, sample_corpus):
+    task = tasks["match", "train"]
+    wrong = hard = 0
+    for position in range(400):
+        item = int(task.pool[position % len(task.pool)])
+        picture, row = sample_corpus.picture(item), task.row(item, 48, random_at(1, position))
+        question, answer = task.tokenizer.decode(row.source), task.tokenizer.decode(row.target)
+        assert answer in (YES, NO) and row.picture.row == item
+        assert (question == match_question(picture.zh)) == (answer == YES)
+        if answer == NO:
+            wrong += 1
+            hard += question in [match_question(other.zh) for other in alike(sample_corpus, picture)]
+    assert wrong == pytest.approx(200, abs=40) and hard > 0.9 * wrong  # a few draws find only the same name
+
+
+def alike(corpus, picture):
+    rows = corpus.picture_rows("train", subgroup=picture.subgroup)
+    return [corpus.picture(int(row)) for row in rows]
+
+
+def test_a_picture_without_others_is_matched_with_its_own_words(tasks, sample_corpus, monkeypatch):
+    task = tasks["match", "train"]
+    item = int(task.pool[0])
+    picture = sample_corpus.picture(item)
+    monkeypatch.setattr(task, "alike", {picture.subgroup: [item]})
+    monkeypatch.setattr(task, "pool", np.array([item]))
+    for position in range(20):
+        assert task.tokenizer.decode(task.row(item, 48, random_at(1, position)).target) == YES
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_contrast_pairs_a_picture_with_its_words(tasks, sample_corpus, split):
+    task = tasks["contrast", split]
+    texts = set()
+    for position in range(0, len(task.pool), 2):
+        item, words = task.pool[position : position + 2].tolist()
+        picture = sample_corpus.picture(item)
+        seen, said = task.row(item, 48, random_at(1, position)), task.row(words, 48, random_at(1, position + 1))
+        assert seen.picture.row == item and not seen.source and not seen.target
+        assert said.picture is None and not said.target and said.concept == seen.concept
+        text = task.tokenizer.decode(said.source)
+        texts.add(text)
+        assert text in (picture.zh, picture.en) or text.split()[0] == picture.zh
+        assert set(text.split()[1:]) <= set(picture.tags) or text == picture.en
+        if split == "validation":
+            assert text == picture_words(picture)
+    concepts = {task.row(int(item), 48, random_at(1, 0)).concept for item in task.pool}
+    assert len(concepts) == len({sample_corpus.picture(int(item)).zh for item in task.pool[::2]})
+
+
+@LAW
+@given(st.text(st.sampled_from("红苹果a b1，\n")), st.text(st.sampled_from("红苹果")))
+def test_fine_pieces_are_the_same_text_and_of_single_characters(tasks, text, chinese):
+    tokenizer = tasks["contrast", "train"].tokenizer
+    assert tokenizer.decode(tokenizer.encode_finely(text)) == text
+    alone = [piece for character in chinese for piece in tokenizer.encode(character)]
+    assert tokenizer.encode_finely(chinese) == alone
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_have_the_answers_of_the_pictures_own_words(tasks, sample_corpus, split):
+    task = tasks["ask", split]
+    kinds = dict.fromkeys(("what", "kind", "there is", "there is none", "plain"), 0)
+    for position in range(600):
+        item = int(task.pool[position % len(task.pool)])
+        picture, row = sample_corpus.picture(item), task.row(item, 48, random_at(1, position))
+        question, answer = task.tokenizer.decode(row.source), task.tokenizer.decode(row.target)
+        if row.picture is None:
+            kinds["plain"] += 1
+            assert (question, answer) in [(q.text, q.answer) for q in plain_questions(picture)]
+        elif question == WHAT:
+            kinds["what"] += answer == picture.zh
+        elif question == KIND:
+            kinds["kind"] += answer == picture.group
+        else:
+            tag = question.removeprefix("图里有没有").removesuffix("?")
+            assert answer == (THERE_IS if tag in picture.tags else THERE_IS_NONE)
+            kinds["there is" if answer == THERE_IS else "there is none"] += 1
+    assert sum(kinds.values()) == 600 and kinds["plain"] == pytest.approx(180, abs=45)
+    assert min(kinds.values()) > 40
+
+
+def test_a_picture_without_words_is_asked_what_it_is(tasks, sample_corpus):
+    bare = replace(sample_corpus.picture(0), group="", tags=[], en="")
+    assert plain_questions(bare) == []
+    assert [q.text for q in tasks["ask", "train"].questions(bare, random_at(1, 0))] == [WHAT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -24,12 +24,14 @@ class View(NamedTuple):
 class Row:
     """One row of a batch: what is read, what is to be said, and the picture, if there is one.
 
-    `target` ends with the end mark unless it was cut; the loss is its cross entropy.
+    `target` ends with the end mark unless it was cut; the loss is its cross entropy. A row with a `concept` says
+    nothing: it is summed up at one more position, and told from the other rows of its group (`model/contrast.py`).
     """
 
     source: list[int]
     target: list[int]
-    picture: View | None = None
+    picture: Any = None  # a View of the corpus' pictures; None without one
+    concept: int | None = None  # from 0; equal for rows that mean the same
 
 
 class Task(ABC):
@@ -37,11 +39,14 @@ class Task(ABC):
 
     `row` must be a pure function of its arguments: with the global order (`training/data/order.py`) that makes
     the whole data state one integer. `name` is the recipe's key; `positions` the text positions that a row needs
-    at the most, where that is less than the recipe's limit.
+    at the most, where that is less than the recipe's limit. Items are drawn `sides` at a time, as they stand in the
+    pool; `grouped` tasks' rows stand together in the recipe's contrastive groups.
     """
 
     name: ClassVar[str]
     positions: ClassVar[int | None] = None
+    sides: ClassVar[int] = 1
+    grouped: ClassVar[bool] = False
 
     def __init__(self, corpus: Corpus, split: str):
         self.corpus, self.split = corpus, split

@@ -1,0 +1,86 @@
+"""The verbs that put a trained run to work: caption, ask, write, search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from training.errors import UserError
+from training.run import CHECKPOINTS, FOLDER
+from training.trained import M6, Style
+
+INDEXES = "indexes"
+
+
+def load(run: str | None, data: Path | None = None) -> M6:
+    """The model of a run, or, None given, of the run that saved last, which is then named. Raises UserError."""
+    if run is None:
+        run = _newest()
+        print(f"using run {run}", file=sys.stderr, flush=True)
+    return M6.load(run, data=data)
+
+
+def _newest() -> str:
+    saved = [(path.stat().st_mtime, path.parent.parent.name) for path in FOLDER.glob(f"*/{CHECKPOINTS}/latest")]
+    if not saved:
+        raise UserError(f"no run under {FOLDER}/ has a checkpoint: train one (m6 train …), or name one by --run")
+    return max(saved)[1]
+
+
+def caption(run: str | None, data: Path | None, images: Sequence[Path], kind: str, as_json: bool) -> None:
+    """Print what each picture shows."""
+    said = load(run, data).captions([str(image) for image in images], kind)
+    if as_json:
+        rows = [{"image": str(image), "caption": text} for image, text in zip(images, said, strict=True)]
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    for image, text in zip(images, said, strict=True):
+        print(text if len(images) == 1 else f"{image}\t{text}")
+
+
+def ask(run: str | None, data: Path | None, image: Path | None, question: str, choices: Sequence[str]) -> None:
+    """Print the answer to a question."""
+    print(load(run, data).ask(question, image, choices))
+
+
+def write(run: str | None, data: Path | None, prompt: str, style: Style) -> None:
+    """Print a text as it is written."""
+    load(run, data).write(prompt, style, lambda text: print(text, end="", flush=True))
+    print()
+
+
+def search(
+    run: str | None, data: Path | None, query: str, folder: Path, most: int, sheet: Path | None, as_json: bool
+) -> None:
+    """Print the pictures of a folder that fit a query best, and draw them on a contact sheet."""
+    from training.search import Index, contact_sheet
+
+    m = load(run, data)
+    place = FOLDER / ".indexes" / hashlib.sha256(f"{folder.resolve()} {m.identity}".encode()).hexdigest()[:16]
+    index = Index.open(place, folder, m.identity)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("reading pictures", total=None)
+        changed = index.update(m, lambda done, of: bars.update(bar, completed=done, total=of))
+    if changed:
+        index.save(place)
+    for problem in index.skipped:
+        print(f"m6: passed over {problem}", file=sys.stderr)
+    hits = index.search(m, query, most)
+    if sheet:
+        try:
+            contact_sheet(hits).save(sheet)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--sheet {sheet}: cannot be written ({error})") from None
+    if as_json:
+        rows = [{"image": str(hit.path), "score": round(hit.score, 4), "details": hit.details} for hit in hits]
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    for hit in hits:
+        print(f"{hit.score:.3f}  {hit.path}  {hit.details}")

@@ -1,0 +1,53 @@
+"""Contrast: a picture alone and its words alone, to be found by one another (InfoNCE, as in CLIP, arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from training.data.rows import Picture
+from training.data.tasks.base import Random, Row, Task
+
+LABEL_ALONE, ENGLISH = 0.25, 0.15  # how often a text is the name alone, or the English name; else name and key words
+
+
+class Contrast(Task):
+    """Items come in twos: a picture's row number, which stands for its pixels, and its complement, for its words."""
+
+    name = "contrast"
+    positions = 48
+    sides = 2
+    grouped = True
+
+    def items(self) -> np.ndarray:
+        rows = self.corpus.picture_rows(self.split)
+        return np.stack((rows, ~rows), 1).reshape(-1)
+
+    def row(self, item: int, limit: int, random: Random) -> Row:
+        if item >= 0:
+            return Row([], [], self.view(item, random), concept(self.corpus.picture(item)))
+        picture = self.corpus.picture(~item)
+        words = picture_words(picture) if self.split != "train" else some_words(picture, random)
+        return Row(self.tokenizer.encode_finely(words)[: limit - 1], [], None, concept(picture))
+
+
+def concept(picture: Picture) -> int:
+    """Equal for pictures of one name, such as an emoji's in two styles."""
+    return zlib.crc32(picture.zh.encode())
+
+
+def picture_words(picture: Picture) -> str:
+    """The Chinese words by which a picture is to be found: its name and key words."""
+    return " ".join((picture.zh, *picture.tags))
+
+
+def some_words(picture: Picture, random: Random) -> str:
+    """The name and some of the key words in any order, or the name alone, or the English name."""
+    choice = random.random()
+    if choice < ENGLISH and picture.en:
+        return picture.en
+    if choice < ENGLISH + LABEL_ALONE:
+        return picture.zh
+    tags = random.permutation(picture.tags)[: random.integers(1, len(picture.tags) + 1)] if picture.tags else ()
+    return " ".join((picture.zh, *tags))

@@ -1,0 +1,166 @@
+"""Finding pictures in a folder by words: an index of vectors, built once and kept up to date.
+
+A picture is found by its own vector, and by that of the details which the model writes about it: words of a query
+may be among these that a glance at the picture does not suggest. Plain products of matrices search a million pictures
+in a second, so nothing else is used.
+
+Shape suffixes: N pictures, D width of a vector.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from training.data.images import read_image
+from training.errors import UserError
+from training.files import replace
+from training.trained import M6
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+DETAILS = 0.5  # what the model's own words about a picture weigh beside the picture
+VECTORS, ENTRIES = "vectors.safetensors", "entries.json"
+BATCH = 32
+THUMBNAIL, CAPTION = 160, 18  # pixels
+
+Entry = dict[str, str | int]  # name, size, changed (ns), details
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found; `score` is a weighted mean of two cosines."""
+
+    path: Path
+    score: float
+    details: str
+
+
+@dataclass
+class Index:
+    """Pictures of `folder`, as the model `identity` sees them."""
+
+    folder: Path
+    identity: str
+    entries: list[Entry] = field(default_factory=list)
+    vectors: tuple[np.ndarray, np.ndarray] | None = None  # of the pictures and of their details, [N, D] each
+    skipped: list[str] = field(default_factory=list)  # files that are no pictures, and why
+
+    @classmethod
+    def open(cls, place: Path, folder: Path, identity: str) -> Index:
+        """The index that is kept at `place`, or an empty one if it is missing, of another model or not whole."""
+        fresh = cls(folder, identity)
+        try:
+            kept = json.loads((place / ENTRIES).read_text(encoding="utf-8"))
+            vectors = load_file(place / VECTORS)
+            entries, both = kept["entries"], (vectors["image"], vectors["details"])
+            own = (kept["identity"], kept["folder"]) == (identity, str(folder.resolve()))
+            if own and len(entries) == len(both[0]) == len(both[1]):
+                return cls(folder, identity, entries, both)
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError):
+            pass
+        return fresh
+
+    def save(self, place: Path) -> None:
+        """Keep it at `place`, a folder of its own."""
+        place.mkdir(parents=True, exist_ok=True)
+        assert self.vectors
+        kept = {"identity": self.identity, "folder": str(self.folder.resolve()), "entries": self.entries}
+        (place / ENTRIES).unlink(missing_ok=True)  # vectors of other entries are worse than none
+        save_file(dict(zip(("image", "details"), self.vectors, strict=True)), place / VECTORS)
+        replace(place / ENTRIES, json.dumps(kept, ensure_ascii=False))
+
+    def update(self, m: M6, advance: Callable[[int, int], object] = lambda done, of: None) -> int:
+        """Take in what is new or changed in the folder, and out what is gone; returns how many pictures were read.
+
+        `advance` is told how many of the new ones are done. Raises UserError if there is no picture at all.
+        """
+        found = {str(path.relative_to(self.folder)): path for path in pictures_in(self.folder)}
+        known = {
+            str(entry["name"]): place
+            for place, entry in enumerate(self.entries)
+            if str(entry["name"]) in found and _unchanged(found[str(entry["name"])], entry)
+        }
+        new = [name for name in found if name not in known]
+        kept = list(known.values())
+        entries = [self.entries[place] for place in kept]
+        vectors = [(self.vectors[0][kept], self.vectors[1][kept])] if self.vectors else []
+        for start in range(0, len(new), BATCH):
+            own, images = self._read([found[name] for name in new[start : start + BATCH]])
+            if images:
+                details = details_of(m, images)
+                entries += [entry | {"details": text} for entry, text in zip(own, details, strict=True)]
+                vectors.append((m.embed_images(images), m.embed_texts(details)))
+            advance(min(start + BATCH, len(new)), len(new))
+        if not entries:
+            raise UserError(f"{self.folder}: no picture there{f' ({self.skipped[0]})' if self.skipped else ''}")
+        images_ND, details_ND = (np.concatenate(parts) for parts in zip(*vectors, strict=True))
+        self.entries, self.vectors = entries, (images_ND, details_ND)
+        return len(new)
+
+    def _read(self, paths: Sequence[Path]) -> tuple[list[Entry], list[Image.Image]]:
+        entries: list[Entry] = []
+        images = []
+        for path in paths:
+            try:
+                state = path.stat()
+                images.append(read_image(path.read_bytes()))
+            except (OSError, ValueError) as error:
+                self.skipped.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+                continue
+            name = str(path.relative_to(self.folder))
+            entries.append({"name": name, "size": state.st_size, "changed": state.st_mtime_ns})
+        return entries, images
+
+    def search(self, m: M6, query: str, most: int) -> list[Hit]:
+        """The `most` pictures that fit best, best first."""
+        assert self.vectors
+        query_D = m.embed_texts([query])[0]
+        image_N, details_N = (vectors_ND @ query_D for vectors_ND in self.vectors)
+        score_N = (image_N + DETAILS * details_N) / (1 + DETAILS)
+        best = np.argsort(-score_N, kind="stable")[:most]
+        return [
+            Hit(self.folder / str(self.entries[n]["name"]), float(score_N[n]), str(self.entries[n]["details"]))
+            for n in best.tolist()
+        ]
+
+
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """Files under a folder that are pictures by their names, in order. Raises UserError if it is no folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            yield path
+
+
+def details_of(m: M6, images: Sequence[Image.Image]) -> list[str]:
+    """What the model says of each picture: its name and key words."""
+    return [" ".join(said).strip() or "?" for said in zip(m.captions(images), m.captions(images, "tags"), strict=True)]
+
+
+def _unchanged(path: Path, entry: Entry) -> bool:
+    state = path.stat()
+    return (state.st_size, state.st_mtime_ns) == (entry["size"], entry["changed"])
+
+
+def contact_sheet(hits: Sequence[Hit], columns: int = 4) -> Image.Image:
+    """Thumbnails in reading order, each with its rank and score."""
+    rows = -(-len(hits) // columns)
+    cell = THUMBNAIL + CAPTION
+    sheet = Image.new("RGB", (columns * THUMBNAIL, rows * cell), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, hit in enumerate(hits):
+        left, top = place % columns * THUMBNAIL, place // columns * cell
+        thumbnail = read_image(hit.path.read_bytes())
+        thumbnail.thumbnail((THUMBNAIL - 8, THUMBNAIL - 8))
+        corner = (left + (THUMBNAIL - thumbnail.width) // 2, top + (THUMBNAIL - thumbnail.height) // 2)
+        sheet.paste(thumbnail, corner)
+        pen.text((left + 6, top + THUMBNAIL), f"{place + 1}.  {hit.score:.2f}", fill="black")
+    return sheet
