@@ -150,9 +150,9 @@ class ImageTokenizerConfig:
     """
 
     side: int = 64  # px of the pictures that it is trained on; it codes others of whole cells, too
-    patch: int = 4
-    widths: tuple[int, ...] = (64, 128)  # channels, from the finest grid to that of the codes
-    blocks: int = 2  # residual blocks a grid
+    patch: int = 2
+    widths: tuple[int, ...] = (32, 64, 128)  # channels, from the finest grid to that of the codes
+    blocks: int = 1  # residual blocks a grid
     levels: tuple[int, ...] = (8, 5, 5, 5)  # of each quantised channel (FSQ, arXiv 2309.15505, table 1)
 
     def __post_init__(self) -> None:
