@@ -171,14 +171,15 @@ def test_memory_of_windows_does_not_grow_with_the_picture():
 
 
 def test_weights_are_of_the_seed_alone():
-    torch.manual_seed(1)
-    first, rng = ImageTokenizer(TINY, 3).state_dict(), torch.get_rng_state()
+    before = torch.get_rng_state()
+    first = ImageTokenizer(TINY, 3).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn from the numbers that all share
     torch.manual_seed(2)
     again, other = ImageTokenizer(TINY, 3).state_dict(), ImageTokenizer(TINY, 4).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first if name.endswith("weight"))
     kernels = [tuple(value.flatten()[:4].tolist()) for name, value in first.items() if name.endswith("weight")]
-    assert len(set(kernels)) == len(kernels) and len(rng)
+    assert len(set(kernels)) == len(kernels)
 
 
 @pytest.mark.parametrize(
@@ -200,5 +201,5 @@ def test_shapes_that_cannot_be_built(settings, message):
 def test_the_sizes_that_recipes_have():
     small = ImageTokenizerConfig()
     assert (small.cell, small.grid, small.codes) == (8, 8, 1000)
-    large = ImageTokenizerConfig(side=256, widths=(128, 256, 384), levels=(8, 8, 8, 5, 5, 5))
-    assert (large.cell, large.grid, large.codes) == (16, 16, 64_000)
+    large = ImageTokenizerConfig(side=256, patch=4, widths=(128, 256, 512), levels=(8, 8, 8, 6, 5))
+    assert (large.cell, large.grid, large.codes) == (16, 16, 15_360)
