@@ -94,6 +94,20 @@ def train(
 
 
 @m6.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--recipe", required=True, type=PATH, help="What is trained: launch/recipes/image-tokenizer*.yaml.")
+@click.option("--name", help="The folder is runs/NAME; the recipe's file name if not given.")
+def image_tokenizer(recipe: Path, overrides: tuple[str, ...], name: str | None) -> None:
+    """Train pictures <-> codes, by which M6 draws, on the corpus' pictures; measure it, and code them all.
+
+    KEY=VALUE overrides any key of the recipe, such as steps=600.
+    """
+    from launch.image_tokenizer import train_tokenizer
+
+    train_tokenizer(recipe, overrides, name or recipe.stem)
+
+
+@m6.command()
 @click.argument("run")
 def report(run: str) -> None:
     """Write the run's report, one HTML file, and say where it is. RUN: a name under runs/, or a folder."""

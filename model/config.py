@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+MOST_IMAGE_CODES = 2**16  # they are stored in 16 bits
 MOST_CAPACITY = 1_000_000  # places for an even share: far more than any number of tokens fills
 
 Routing = Literal["prototype", "top-k"]
@@ -137,6 +138,50 @@ class ParameterCounts:
     @property
     def total(self) -> int:
         return sum(dataclasses.astuple(self)) - self.active
+
+
+@dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """The shape of one image tokenizer (`model/image_tokens.py`): square pictures <-> a square grid of codes.
+
+    A picture is cut into patches of `patch` px, the finest grid; each further width halves the grid. So a code stands
+    for `cell` = patch * 2 ** (widths - 1) px a side, and a picture is (side / cell) ** 2 codes.
+    Raises ValueError, in one line, for a shape that cannot be built.
+    """
+
+    side: int = 64  # px of the pictures that it is trained on; it codes others of whole cells, too
+    patch: int = 2
+    widths: tuple[int, ...] = (32, 64, 128)  # channels, from the finest grid to that of the codes
+    blocks: int = 1  # residual blocks a grid
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # of each quantised channel (FSQ, arXiv 2309.15505, table 1)
+
+    def __post_init__(self) -> None:
+        for name in ("side", "patch", "blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths={list(self.widths)}: must be channels of one grid or more, each from 1")
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels={list(self.levels)}: must be levels of one channel or more, each from 2")
+        if self.codes > MOST_IMAGE_CODES:
+            raise ValueError(f"levels={list(self.levels)}: {self.codes:,} codes are more than {MOST_IMAGE_CODES:,}")
+        if self.side % self.cell:
+            raise ValueError(f"side={self.side} is not divisible into cells of {self.cell} px")
+
+    @property
+    def cell(self) -> int:
+        """px a side that one code stands for."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes a side of a picture of `side` px."""
+        return self.side // self.cell
+
+    @property
+    def codes(self) -> int:
+        """Entries of the codebook."""
+        return math.prod(self.levels)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 
-def replace(path: Path, text: str, durable: bool = False) -> None:
+def replace(path: Path, content: str | bytes, durable: bool = False) -> None:
     """Write a file whole or not at all; `durable`: it also outlasts a power cut. Raises OSError."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -53,6 +53,9 @@ Task = Annotated[str, AfterValidator(_known_task)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Settings = TypeVar("Settings", bound=Section)
 
 
 class Optimizer(Section):
@@ -183,16 +186,21 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def parse_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
     """A recipe out of a file's values and overrides. Raises UserError that names the file or the override."""
+    return parse_settings(Recipe, values, overrides, source)
+
+
+def parse_settings(kind: type[Settings], values: dict[str, Any], overrides: list[str], source: str) -> Settings:
+    """A recipe of any kind, as `parse_recipe`."""
     values = copy.deepcopy(values)
     applied = [copy.deepcopy(values)]
     for override in overrides:
         _apply(values, override)
         applied.append(copy.deepcopy(values))
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        problem = _first_problem(error, Recipe.model_json_schema())
-        raise UserError(one_line(_blame(problem, applied, overrides, source))) from None
+        problem = _first_problem(error, kind.model_json_schema())
+        raise UserError(one_line(_blame(kind, problem, applied, overrides, source))) from None
 
 
 class _Yaml(yaml.SafeLoader):
@@ -258,10 +266,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {shown(override)}: the value is no YAML") from None
 
 
-def _blame(problem: str, applied: list[dict[str, Any]], overrides: list[str], source: str) -> str:
+def _blame(kind: type[Section], problem: str, applied: list[dict[str, Any]], overrides: list[str], source: str) -> str:
     """The problem, after the last override that brought it, or else the file. `applied[n]`: n overrides are in."""
     count = len(overrides)
-    while count and _problem_of(applied[count - 1]) == problem:
+    while count and _problem_of(kind, applied[count - 1]) == problem:
         count -= 1
     if not count:
         return f"{source}: {problem}"
@@ -270,11 +278,11 @@ def _blame(problem: str, applied: list[dict[str, Any]], overrides: list[str], so
     return f"override {shown(overrides[count - 1])}: {said or problem}"
 
 
-def _problem_of(values: dict[str, Any]) -> str:
+def _problem_of(kind: type[Section], values: dict[str, Any]) -> str:
     try:
-        Recipe.model_validate(values)
+        kind.model_validate(values)
     except ValidationError as error:
-        return _first_problem(error, Recipe.model_json_schema())
+        return _first_problem(error, kind.model_json_schema())
     return ""
 
 
@@ -285,14 +293,16 @@ def _first_problem(error: ValidationError, schema: dict[str, Any]) -> str:
     if kind == "missing" and isinstance(place[-1], int):
         place = place[:-1]  # a list that is too short
     elif kind == "missing":
-        hint = "" if schema["title"] == Recipe.__name__ else "; name a preset or give every size"
+        hint = "; name a preset or give every size" if schema["title"] == ModelConfig.__name__ else ""
         return f"{_dotted(place)} is missing{hint}"
-    if kind in ("extra_forbidden", "invalid_key"):
+    if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
         names = _schema_at(schema, place[:-1])["properties"]
         return f"{_dotted(place)} is unknown{nearest(str(place[-1]), names)}"
     own = str(problem["ctx"]["error"]) if kind == "value_error" else ""
     if place[-1:] == ("[key]",):
         return f"{_dotted(place[:-1])} {own or 'is no name: names are text'}"
+    if own and place and "properties" in _schema_at(schema, place):
+        return f"{_dotted(place)}.{own}"  # of a whole section: its own words begin with the key
     reason = own or f"must be {_wanted(_schema_at(schema, place))}"
     return f"{_dotted(place)}={shown(problem['input'])}: {reason}" if place else reason
 
@@ -307,6 +317,8 @@ def _schema_at(schema: dict[str, Any], place: tuple[int | str, ...]) -> dict[str
     for part in place:
         if "prefixItems" in node:
             node = node["prefixItems"][part]
+        elif "items" in node:
+            node = node["items"]
         else:
             node = node.get("properties", {}).get(part) or node["additionalProperties"]
         if "$ref" in node:
@@ -319,7 +331,7 @@ def _wanted(node: dict[str, Any]) -> str:
     if "enum" in node:
         return f"one of {', '.join(node['enum'])}"
     if node["type"] == "array":
-        return f"a list of {node['minItems']}"
+        return f"a list of {node['minItems']}" if "minItems" in node else "a list"
     noun = {
         "integer": "a whole number", "number": "a finite number", "boolean": "true or false", "string": "text",
         "object": "key: value pairs",

@@ -40,12 +40,7 @@ def open_run(name: str, recipe: Recipe, resume: bool, allowed: Sequence[str] = (
     """
     if allowed and not resume:
         raise UserError(f"--allow-change {allowed[0]}: only a resumed run has something to change; add --resume")
-    if not re.fullmatch(r"\w[\w.+=-]{0,59}", name):
-        raise UserError(f"--name {name!r}: must be a plain folder name of at most 60 letters, digits, . _ + = -")
-    folder = root / name
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{folder}: cannot be written to; start where it can, or mount it for writing")
+    folder = run_folder(name, root)
     if not _begun(folder):
         if resume:
             raise UserError(f"{folder}: no such run to resume")
@@ -56,6 +51,17 @@ def open_run(name: str, recipe: Recipe, resume: bool, allowed: Sequence[str] = (
         raise UserError(f"{folder}: no run there ({RECIPE} is missing)")
     earlier = parse_recipe(read_mapping(folder / RECIPE), [], str(folder / RECIPE))
     check_unchanged(earlier, recipe, allowed, str(folder))
+    return folder
+
+
+def run_folder(name: str, root: Path = FOLDER) -> Path:
+    """Where a run of this name is, or would be. Raises UserError if it cannot be written, or that is no name."""
+    if not re.fullmatch(r"\w[\w.+=-]{0,59}", name):
+        raise UserError(f"--name {name!r}: must be a plain folder name of at most 60 letters, digits, . _ + = -")
+    folder = root / name
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{folder}: cannot be written to; start where it can, or mount it for writing")
     return folder
 
 

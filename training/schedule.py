@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
-from training.recipe import Recipe
+from training.recipe import Optimizer, Schedule
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+class Paced(Protocol):
+    """What of a recipe, of whatever kind, the rate depends on."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+
+def learning_rate(recipe: Paced, step: int) -> float:
     """Of step `step` (from 0): linear warm-up, then decay to `final` of the peak at the last step."""
     peak, schedule = recipe.optimizer.lr, recipe.schedule
     if step < schedule.warmup:

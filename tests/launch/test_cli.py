@@ -36,7 +36,15 @@ def test_help_is_instant():
     assert min(seconds) < 1.0
 
 
-@pytest.mark.parametrize("verb", [["--help"], ["train", "--help"], ["train", "--recipe", "nowhere.yaml"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--recipe", "nowhere.yaml"],
+        ["image-tokenizer", "--recipe", "nowhere.yaml"],
+    ],
+)
 def test_torch_is_imported_only_where_it_is_needed(verb):
     program = (
         "import sys\nfrom launch.cli import main\n"

@@ -112,10 +112,13 @@ class EfficientNetLite0(nn.Module):
         """
         return (self.features(x).flatten(2).transpose(1, 2) - self.mean) / self.deviation
 
+    def stem(self, x: Tensor) -> Tensor:
+        """[n, 3, h, w] of normalised pixels -> [n, 32, h/2, w/2], the blocks' input."""
+        return F.relu6(self.bn0(self.conv_stem(x)))
+
     def features(self, x: Tensor) -> Tensor:
         """[n, 3, h, w] of normalised pixels -> [n, 1280, h/32, w/32]."""
-        x = F.relu6(self.bn0(self.conv_stem(x)))
-        return F.relu6(self.bn1(self.conv_head(self.blocks(x))))
+        return F.relu6(self.bn1(self.conv_head(self.blocks(self.stem(x)))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.features(x).mean((2, 3)))
@@ -141,11 +144,15 @@ AUGMENTATIONS = (
 
 
 def augmented(image: Image.Image, k: int, mirrorable: bool = True, square_side: int = IMAGE_SIZE) -> Image.Image:
-    """The k-th fixed view of an RGB image as a white square of `square_side` pixels; 0 is the plain one.
+    """The k-th fixed view of an RGB image as a white square of `square_side` pixels; 0 is the plain one."""
+    return placed(image, AUGMENTATIONS[k], mirrorable, square_side)
+
+
+def placed(image: Image.Image, view: Augmentation, mirrorable: bool, square_side: int) -> Image.Image:
+    """A view of an RGB image as a white square of `square_side` pixels; what leaves the square is cut off.
 
     A picture that means something else in a mirror (an arrow, a letter) is not mirrored if not `mirrorable`.
     """
-    view = AUGMENTATIONS[k]
     if view.mirrored and mirrorable:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     ratio = view.scale * square_side / max(image.size)
@@ -206,5 +213,9 @@ class PatchFeatures:
 def pixels(squares: list[Image.Image]) -> Tensor:
     """RGB images of one size -> [n, 3, h, w], scaled as the network was trained to see them."""
     array = np.stack([np.asarray(square, dtype=np.float32) for square in squares])
-    scaled = (torch.from_numpy(array) - _PIXEL_MEAN) / _PIXEL_SCALE
-    return scaled.permute(0, 3, 1, 2)
+    return normalised(torch.from_numpy(array)).permute(0, 3, 1, 2)
+
+
+def normalised(values: Tensor) -> Tensor:
+    """Pixel values from 0 to 255, scaled as the network was trained to see them."""
+    return (values - _PIXEL_MEAN) / _PIXEL_SCALE

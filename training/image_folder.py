@@ -1,0 +1,121 @@
+"""A trained image tokenizer on the disk: its weights, what they are, and the codes of a corpus' pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from model.image_tokens import ImageTokenizer
+from training.data.corpus import Corpus, sha256_of
+from training.data.features import AUGMENTATIONS
+from training.errors import UserError
+from training.files import replace
+from training.image_recipe import ImageTokenizerRecipe
+from training.recipe import one_line
+
+WEIGHTS, DESCRIPTION, CODES = "image_tokenizer.safetensors", "image_tokenizer.json", "codes.npy"
+
+
+class Description(BaseModel):
+    """`image_tokenizer.json`, written last: where it is, all is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: ImageTokenizerRecipe  # and in it the model's shape
+    data: str  # fingerprint of the corpus
+    feature_network: str | None  # SHA-256 of the perceptual loss' network; None without that loss
+    measures: dict[str, dict[str, float]]  # of each style, and of all, on pictures of the recipe's `split`
+    weights: str  # SHA-256 of the file
+    codes: str  # likewise
+
+
+def save_image_tokenizer(
+    folder: Path,
+    model: ImageTokenizer,
+    codes: np.ndarray,
+    recipe: ImageTokenizerRecipe,
+    corpus: Corpus,
+    feature_network: str | None,
+    measures: dict[str, dict[str, float]],
+) -> None:
+    """Write the weights, the corpus' codes (uint16 [pictures, K, P]), and what they are: each file whole or not."""
+    weights, stored = save({name: value.contiguous() for name, value in model.state_dict().items()}), io.BytesIO()
+    np.save(stored, codes, allow_pickle=False)
+    description = Description(
+        recipe=recipe,
+        data=corpus.fingerprint,
+        feature_network=feature_network,
+        measures=measures,
+        weights=hashlib.sha256(weights).hexdigest(),
+        codes=hashlib.sha256(stored.getvalue()).hexdigest(),
+    )
+    replace(folder / WEIGHTS, weights)
+    replace(folder / CODES, stored.getvalue())
+    replace(folder / DESCRIPTION, description.model_dump_json(indent=1) + "\n")
+
+
+def read_description(folder: Path) -> Description:
+    """What a folder's tokenizer is. Raises UserError."""
+    path = folder / DESCRIPTION
+    try:
+        return Description.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no image tokenizer there; `m6 image-tokenizer` trains one") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{path}: {place or 'it'}: {one_line(problem['msg'])[:200]}") from None
+
+
+def load_image_tokenizer(folder: Path) -> ImageTokenizer:
+    """The tokenizer of a folder, on the CPU, ready for use. Raises UserError for files that are not what it says."""
+    description, path = read_description(folder), folder / WEIGHTS
+    with torch.device("meta"):
+        model = ImageTokenizer(description.recipe.model)
+    try:
+        weights = path.read_bytes()
+        if hashlib.sha256(weights).hexdigest() != description.weights:
+            raise UserError(f"{path}: damaged: it is not the file that {DESCRIPTION} names")
+        tensors = load(weights)
+        if odd := sorted(name for name, tensor in tensors.items() if tensor.dtype != torch.float32):
+            raise UserError(f"{path}: {odd[0]} is {tensors[odd[0]].dtype}, not float32")
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: not the weights that {DESCRIPTION} describes ({one_line(str(error))[:200]})"
+        ) from None
+    return model.eval().requires_grad_(False)
+
+
+def load_image_codes(folder: Path, corpus: Corpus) -> np.ndarray:
+    """uint16 [pictures, K, P], memory-mapped: codes of the corpus' pictures, in its order and its views, row by row.
+
+    Raises UserError if they are of another corpus, or the file is not what the folder's description says.
+    """
+    description, path = read_description(folder), folder / CODES
+    if description.data != corpus.fingerprint:
+        raise UserError(f"{path}: of another corpus than {corpus.folder}; train the tokenizer on it")
+    try:
+        if sha256_of(path) != description.codes:
+            raise UserError(f"{path}: damaged: it is not the file that {DESCRIPTION} names")
+        codes = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not an array of codes ({one_line(str(error))[:200]})") from None
+    shape = description.recipe.model
+    wanted = (len(corpus.pictures), len(AUGMENTATIONS), shape.grid**2)
+    if codes.shape != wanted or codes.dtype != np.uint16 or codes.max(initial=0) >= shape.codes:
+        raise UserError(f"{path}: {codes.dtype} {list(codes.shape)}, not uint16 {list(wanted)} of {shape.codes} codes")
+    return codes
