@@ -212,6 +212,37 @@ def write(
 
 
 @m6.command()
+@click.argument("text")
+@click.option("--to", "target", type=PATH, default="drawing.png", show_default=True)
+@click.option("--pictures", type=click.IntRange(1, 64), default=4, show_default=True, help="That are kept.")
+@click.option("--tries", type=click.IntRange(1, 256), default=16, show_default=True, help="Of which the best are kept.")
+@click.option("--guidance", type=click.FloatRange(0, 100), default=3.0, show_default=True, help="What the words weigh.")
+@click.option("--temperature", type=click.FloatRange(0.01, 100), default=1.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@RUN
+@DATA
+def draw(
+    text: str,
+    target: Path,
+    pictures: int,
+    tries: int,
+    guidance: float,
+    temperature: float,
+    seed: int,
+    run: str | None,
+    data: Path | None,
+) -> None:
+    """Draw pictures for a text; the model itself says which fit best: m6 draw 红色的苹果"""
+    if pictures > tries:
+        raise click.UsageError(f"--pictures {pictures}: cannot be more than --tries {tries}")
+    _without_gpu()
+    from launch import use
+    from training.trained import Hand
+
+    use.draw(run, data, text, Hand(pictures, tries, guidance, temperature, seed=seed), target)
+
+
+@m6.command()
 @click.argument("query")
 @click.option("--images", "folder", required=True, type=PATH, help="The folder to search; its index is kept.")
 @click.option("-k", "most", type=click.IntRange(min=1), default=12, show_default=True, help="Pictures at the most.")

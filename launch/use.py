@@ -8,14 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from training.errors import UserError
 from training.run import CHECKPOINTS, FOLDER
-from training.trained import M6, Style
+from training.trained import M6, Hand, Style
 
-INDEXES = "indexes"
+DRAWN = 256  # pixels of a drawing's file
 
 
 def load(run: str | None, data: Path | None = None) -> M6:
@@ -53,6 +54,18 @@ def write(run: str | None, data: Path | None, prompt: str, style: Style) -> None
     """Print a text as it is written."""
     load(run, data).write(prompt, style, lambda text: print(text, end="", flush=True))
     print()
+
+
+def draw(run: str | None, data: Path | None, text: str, hand: Hand, target: Path) -> None:
+    """Draw pictures for a text, write them as one file or as NAME-1, NAME-2 …, best first, and name them."""
+    pictures = load(run, data).draw(text, hand)
+    for place, picture in enumerate(pictures, 1):
+        path = target if len(pictures) == 1 else target.with_stem(f"{target.stem}-{place}")
+        try:
+            picture.resize((DRAWN, DRAWN), Image.Resampling.BICUBIC).save(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--to {path}: cannot be written ({error})") from None
+        print(path)
 
 
 def search(

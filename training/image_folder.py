@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from model.config import ModelConfig
 from model.image_tokens import ImageTokenizer
 from training.data.corpus import Corpus, sha256_of
 from training.data.features import AUGMENTATIONS
 from training.errors import UserError
 from training.files import replace
 from training.image_recipe import ImageTokenizerRecipe
-from training.recipe import one_line
+from training.recipe import Recipe, one_line
 
 WEIGHTS, DESCRIPTION, CODES = "image_tokenizer.safetensors", "image_tokenizer.json", "codes.npy"
 
@@ -119,3 +120,16 @@ def load_image_codes(folder: Path, corpus: Corpus) -> np.ndarray:
     if codes.shape != wanted or codes.dtype != np.uint16 or codes.max(initial=0) >= shape.codes:
         raise UserError(f"{path}: {codes.dtype} {list(codes.shape)}, not uint16 {list(wanted)} of {shape.codes} codes")
     return codes
+
+
+def open_corpus(recipe: Recipe, model: ModelConfig) -> Corpus:
+    """A recipe's corpus, with the codes of its image tokenizer, if it names one. Raises UserError."""
+    corpus = Corpus.open(recipe.data)
+    if recipe.image_tokenizer is not None:
+        entries = read_description(Path(recipe.image_tokenizer)).recipe.model.codes
+        if model.image_codes < entries:
+            raise UserError(
+                f"model.image_codes={model.image_codes} is less than the {entries} codes of {recipe.image_tokenizer}"
+            )
+        corpus.codes = load_image_codes(Path(recipe.image_tokenizer), corpus)
+    return corpus

@@ -14,13 +14,13 @@ from deepspeed.accelerator import get_accelerator
 
 from training import checkpoint, checkpoint_files, ds_config, states
 from training.data.batches import Collator, StepBatches
-from training.data.corpus import Corpus
 from training.data.order import GlobalOrder
 from training.data.tasks import TASKS
 from training.engine import Engine, StepResult
 from training.errors import LEFT, RestartableError, UserError
 from training.evaluate import Validation
 from training.heartbeat import Heartbeat
+from training.image_folder import open_corpus
 from training.meter import Meter, host_bytes
 from training.peak import matmul_flops
 from training.recipe import Recipe, parse_recipe
@@ -60,7 +60,7 @@ class Training:
         self.folder = open_run(name, recipe, resume, allowed)
         dist.barrier()  # every rank has looked before the first makes the folder
         self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / SWAP)
-        self.corpus = Corpus.open(recipe.data)
+        self.corpus = open_corpus(recipe, self.config.model)
         collate = Collator(self.corpus, self.config.model, recipe.block)
         order = GlobalOrder(
             [TASKS[task](self.corpus, "train") for task in recipe.tasks],

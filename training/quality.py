@@ -25,6 +25,7 @@ from training.data.tasks.ask import Ask, Question, plain_questions
 from training.data.tasks.contrast import picture_words
 from training.data.tasks.writing import poem_prompt, review_prompt
 from training.errors import UserError
+from training.image_folder import open_corpus
 from training.measures.answers import accuracy
 from training.measures.bootstrap import bootstrap, paired_bootstrap
 from training.measures.captions import caption_scores
@@ -210,6 +211,8 @@ def measure_texts(m: M6, texts: Sequence[tuple[str, str]]) -> Report:
 
 def consumed_texts(corpus: Corpus, recipe: Recipe, step: int) -> dict[str, list[str]]:
     """What a run of this recipe has been shown of each kind of text up to a step, as often as it was shown."""
+    if "draw" in recipe.tasks:
+        corpus = open_corpus(recipe, recipe.model_shape())
     tasks = [TASKS[name](corpus, "train") for name in recipe.tasks]
     order = GlobalOrder(tasks, recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block)
     seen: dict[str, list[str]] = {"poem": [], "review": []}

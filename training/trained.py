@@ -20,18 +20,21 @@ from PIL import Image
 from model.config import ModelConfig
 from model.contrast import embed
 from model.decoding import Decoding, generate, score
+from model.image_tokens import ImageTokenizer
 from model.m6 import M6 as Network
 from model.trie import Trie
 from training.data.batches import Batch, Batcher, picture_side, pixel_patches
-from training.data.features import PatchFeatures, as_array, augmented
+from training.data.features import PatchFeatures, as_array, as_picture, augmented
 from training.data.images import read_image
 from training.data.rows import clean, clean_lines
 from training.data.tasks import Row
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS
+from training.data.tasks.draw import draw_prompt
 from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.export import CONFIG, load_checkpoint, load_exported, read_description
+from training.image_folder import load_image_tokenizer
 from training.recipe import Recipe
 from training.run import checkpoints_of, chosen_checkpoints
 
@@ -50,6 +53,18 @@ class Style:
     top_p: float = 0.9
     repetition_penalty: float = 1.1
     tokens: int = 96  # at the most
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Hand:
+    """How to draw: of `tries` the best `pictures` are kept. `guidance`: what the words weigh; 1 is as in training."""
+
+    pictures: int = 4
+    tries: int = 16
+    guidance: float = 3.0
+    temperature: float = 1.0
+    top_k: int | None = 256
     seed: int = 0
 
 
@@ -193,6 +208,34 @@ class M6:
         found = [-score(self.network, batch) for batch in self._batches(rows, labels=True)]
         nats = torch.cat(found).double().cpu().numpy()
         return np.bincount(owner, nats, minlength=len(texts)) / np.log(2)
+
+    # ---- drawing
+
+    def draw(self, text: str, hand: Hand | None = None) -> list[Image.Image]:
+        """Pictures for a text, that which the model itself finds to match best first. Raises UserError."""
+        hand = hand or Hand()
+        painter = self._painter()
+        cells = painter.config.grid**2
+        row = Row(self._prompt(draw_prompt(text), fine=True)[: self.text_positions - cells], [self.tokenizer.eos_id])
+        twin = Row(self._prompt(draw_prompt(""), fine=True), [self.tokenizer.eos_id])
+        vocabulary = range(self.shape.text_vocab, self.shape.text_vocab + painter.config.codes)
+        settings = Decoding(
+            cells, vocabulary, None, answers=hand.tries, temperature=hand.temperature, top_k=hand.top_k,
+            guidance=hand.guidance,
+        )  # fmt: skip
+        batch, other = next(self._batches([row])), next(self._batches([twin]))
+        generator = torch.Generator().manual_seed(hand.seed)
+        [answers] = generate(self.network, batch, settings, twin=other, generator=generator)
+        codes_BP = torch.tensor([answer.tokens for answer in answers]) - self.shape.text_vocab
+        pictures = [as_picture(pixels) for pixels in painter.decode(codes_BP)]
+        likely = self.matches([(picture, text) for picture in pictures])
+        ranked = sorted(zip(likely, range(len(pictures)), strict=True), key=lambda one: (-one[0], one[1]))
+        return [pictures[place] for _, place in ranked[: hand.pictures]]
+
+    def _painter(self) -> ImageTokenizer:
+        if self.recipe is None or self.recipe.image_tokenizer is None:
+            raise UserError("this model was trained without task `draw`: it cannot draw")
+        return load_image_tokenizer(Path(self.recipe.image_tokenizer))
 
     # ---- search
 

@@ -10,13 +10,18 @@ import torch
 from PIL import Image
 
 from launch.checkpoints import export_run
+from model.config import ImageTokenizerConfig
+from model.image_tokens import ImageTokenizer
 from tests.training.made_checkpoint import first_model, make_checkpoints, make_recipe, same_values
 from training import M6
 from training.data.corpus import Corpus
 from training.data.images import MAX_PIXELS
 from training.data.tasks import Row
+from training.data.views import FixedViews
 from training.errors import UserError
-from training.trained import Style
+from training.image_folder import save_image_tokenizer
+from training.image_recipe import ImageTokenizerRecipe
+from training.trained import Hand, Style
 
 PROMPT = "写一首诗。题目：春晓。作者：佚名。"
 
@@ -137,6 +142,48 @@ def test_long_texts_are_read_in_stretches(m: M6) -> None:
     text = "床前明月光，疑是地上霜。" * 40
     stretches = len(m.tokenizer.encode(text)) / m.text_positions
     assert stretches > 3 and m.bits([("", text)])[0] > m.bits([("", text[: len(text) // 2])])[0] * 1.5
+
+
+@pytest.fixture(scope="module")
+def painter(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an image tokenizer with first weights: 16 codes of 200 a picture."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shape = ImageTokenizerConfig(side=16, patch=4, widths=(8,), levels=(8, 5, 5))
+    recipe = ImageTokenizerRecipe(model=shape, steps=1, batch=1)
+    model = ImageTokenizer(shape, seed=1)
+    views = torch.stack([view for view in FixedViews(sample_corpus, range(len(sample_corpus.pictures)), 16)])
+    codes = model.encode(views).view(-1, 4, 16).numpy().astype(np.uint16)
+    save_image_tokenizer(folder, model, codes, recipe, sample_corpus, None, {})
+    return folder
+
+
+def draws(corpus: Corpus, painter: Path | None, home: Path) -> M6:
+    recipe = make_recipe(corpus).model_copy(update={"image_tokenizer": painter and str(painter)})
+    make_checkpoints(home / "checkpoints", recipe, corpus, 2)
+    return M6.load(home)
+
+
+def test_drawings_are_the_decoders_and_ranked_by_the_model(
+    sample_corpus: Corpus, painter: Path, tmp_path: Path
+) -> None:
+    m = draws(sample_corpus, painter, tmp_path / "run")
+    hand = Hand(pictures=3, tries=6, seed=1)
+    pictures = m.draw("大红色圆", hand)
+    assert len(pictures) == 3 and {picture.size for picture in pictures} == {(16, 16)}
+    likely = m.matches([(picture, "大红色圆") for picture in pictures])
+    assert likely == sorted(likely, reverse=True)
+    again, other = m.draw("大红色圆", hand), m.draw("大红色圆", Hand(pictures=3, tries=6, seed=2))
+    assert [p.tobytes() for p in again] == [p.tobytes() for p in pictures] != [p.tobytes() for p in other]
+    every = m.draw("大红色圆", Hand(pictures=6, tries=6, seed=1))
+    assert [p.tobytes() for p in every[:3]] == [p.tobytes() for p in pictures]
+
+
+def test_a_model_that_cannot_draw_says_so(m: M6, sample_corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="trained without task `draw`"):
+        m.draw("圆")
+    gone = draws(sample_corpus, tmp_path / "gone", tmp_path / "run")
+    with pytest.raises(UserError, match="no image tokenizer there"):
+        gone.draw("圆")
 
 
 def encoded(image: Image.Image, **options: object) -> bytes:

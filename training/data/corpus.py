@@ -43,6 +43,7 @@ class Corpus:
         except (OSError, ValueError, pa.ArrowException):
             raise UserError(f"{folder}: damaged; run `m6 data fetch` to build the corpus anew") from None
         self.tokenizer = Tokenizer(folder / TOKENIZER)
+        self.codes: np.ndarray | None = None  # [pictures, K, P], if an image tokenizer's are used
 
     @classmethod
     def open(cls, data_dir: Path | str) -> "Corpus":

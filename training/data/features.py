@@ -171,6 +171,11 @@ def as_array(square: Image.Image) -> np.ndarray:
     return np.asarray(square, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
+def as_picture(pixels: Tensor) -> Image.Image:
+    """[3, height, width] in [-1, 1], as `as_array` gives it -> the RGB image."""
+    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
+
+
 def load_published_weights(pickled: bytes) -> EfficientNetLite0:
     """The network from the state dict of the published package, read without unpickling objects."""
     state = torch.load(io.BytesIO(pickled), map_location="cpu", weights_only=True)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.data.corpus import Corpus
 from training.data.order import random_at
 from training.data.tasks import TASKS, View
 from training.data.tasks.ask import KIND, WHAT, plain_questions
@@ -14,18 +15,28 @@ from training.data.tasks.ask import YES as THERE_IS
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS, Caption, full_text
 from training.data.tasks.contrast import picture_words
 from training.data.tasks.denoise import MASKED_SHARE, mask_spans, window
+from training.data.tasks.draw import WORDLESS, draw_prompt
 from training.data.tasks.match import NO, YES, match_question
 from training.data.tasks.writing import poem_prompt, review_prompt
+from training.errors import UserError
 
 LAW = settings(deadline=None, derandomize=True)
 MASK = -1
 SPLITS = ("train", "validation")
-PICTURED = ("ask", "caption", "contrast", "image_denoise", "match")
+PICTURED = ("ask", "caption", "contrast", "draw", "image_denoise", "match")
 
 
 @pytest.fixture(scope="module")
-def tasks(sample_corpus):
-    return {(name, split): task(sample_corpus, split) for name, task in TASKS.items() for split in SPLITS}
+def drawn_corpus(sample_corpus):
+    """The sample with its pictures as codes of a made-up tokenizer: 16 of 200 each."""
+    corpus = Corpus.open(sample_corpus.folder.parent)
+    corpus.codes = np.random.default_rng(0).integers(0, 200, (len(corpus.pictures), 4, 16)).astype(np.uint16)
+    return corpus
+
+
+@pytest.fixture(scope="module")
+def tasks(drawn_corpus):
+    return {(name, split): task(drawn_corpus, split) for name, task in TASKS.items() for split in SPLITS}
 
 
 def spans(masked, tokens):
@@ -280,3 +291,29 @@ def test_a_picture_without_words_is_asked_what_it_is(tasks, sample_corpus):
     bare = replace(sample_corpus.picture(0), group="", tags=[], en="")
     assert plain_questions(bare) == []
     assert [q.text for q in tasks["ask", "train"].questions(bare, random_at(1, 0))] == [WHAT]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_drawing_is_saying_the_codes_of_a_view(tasks, drawn_corpus, split):
+    task = tasks["draw", split]
+    vocab, wordless, views = task.tokenizer.vocab_size, 0, set()
+    for position in range(400):
+        item = int(task.pool[position % len(task.pool)])
+        row, picture = task.row(item, 60, random_at(1, position)), drawn_corpus.picture(item)
+        codes = [token - vocab for token in row.target]
+        views.add([codes == view.tolist() for view in drawn_corpus.codes[item]].index(True))
+        words = task.tokenizer.decode(row.source)
+        wordless += words == draw_prompt("")
+        assert row.picture is None and words.startswith(draw_prompt(""))
+        if split == "validation":
+            assert words == draw_prompt(picture_words(picture))
+    assert views == ({0, 1, 2, 3} if split == "train" else {0})
+    assert wordless == (pytest.approx(400 * WORDLESS, abs=20) if split == "train" else 0)
+
+
+def test_drawing_needs_codes_and_room(tasks, sample_corpus):
+    with pytest.raises(UserError, match=r"tasks.draw: needs pictures as codes"):
+        TASKS["draw"](sample_corpus, "train")
+    task = tasks["draw", "train"]
+    with pytest.raises(UserError, match="text_positions=16: a drawing takes 16 positions"):
+        task.row(int(task.pool[0]), 16, random_at(1, 0))
