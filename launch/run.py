@@ -121,10 +121,10 @@ def show(plan: Plan, ranks: int, resume: bool) -> None:
 
 def recipe_facts(plan: Plan) -> dict[str, str]:
     """What is trained, on what, for how long."""
-    from training.data.order import allot  # with the tasks, whose import takes seconds
+    from training.data.order import row_counts  # with the tasks, whose import takes seconds
 
     recipe = plan.recipe
-    rows = allot(recipe.tasks, recipe.global_batch).items()
+    rows = row_counts(recipe.tasks, recipe.global_batch, recipe.block).items()
     changes = f", changed by {json.dumps(recipe.ds, ensure_ascii=False)}" if recipe.ds else ""
     evaluation = recipe.evaluation
     return {

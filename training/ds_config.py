@@ -307,8 +307,14 @@ def _batch(values: Mapping[str, Any], recipe: Recipe, world: int) -> tuple[int, 
         if recipe.global_batch % world:
             raise UserError(f"the recipe's global_batch={recipe.global_batch} does not divide among {world} ranks")
         share, block = recipe.global_batch // world, recipe.block
+        if share % block:
+            raise UserError(
+                f"a rank's share of {share} rows (global_batch={recipe.global_batch} on {world} ranks) is no whole "
+                f"number of contrastive groups of {block}: change contrast_pairs={recipe.contrast_pairs}, global_batch "
+                "or --ranks"
+            )
         fitting = range(block, max(MOST_ROWS, block) + 1, block)
-        micro = max((rows for rows in fitting if share % rows == 0), default=block)
+        micro = max(rows for rows in fitting if share % rows == 0)
     if micro % recipe.block:
         raise UserError(
             f"train_micro_batch_size_per_gpu={micro} is not divisible by the {recipe.block} rows of a contrastive "

@@ -216,8 +216,8 @@ def load_exported(
     return model
 
 
-def load_checkpoint(path: Path) -> tuple[M6, Recipe, int]:
-    """A checkpoint's fp32 model, ready for inference on the first GPU or the CPU; its training's recipe; the step.
+def load_checkpoint(path: Path) -> tuple[M6, Recipe, dict[str, Any]]:
+    """A checkpoint's fp32 model, ready for inference on the first GPU or the CPU; its training's recipe; its manifest.
 
     Raises UserError if it is damaged.
     """
@@ -232,7 +232,7 @@ def load_checkpoint(path: Path) -> tuple[M6, Recipe, int]:
             values = torch.cat([chunk for piece in pieces for chunk in _values(piece)])
             device = 0 if torch.cuda.is_available() else "cpu"
             set_module_tensor_to_device(model, name, device, value=values.view(weights[name].shape))
-    return model, recipe, manifest["step"]
+    return model, recipe, manifest
 
 
 def _place(model: M6, max_memory: Placement | None) -> Placement:

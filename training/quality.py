@@ -1,7 +1,7 @@
 """What a trained run can do, measured: finding, naming, answering and writing, each beside its trivial rivals.
 
-On the corpus' own held-out families and texts, or on a stranger's files. Every figure is of the whole set, with a 95 %
-interval by bootstrap over concept families (pictures) or texts.
+On the corpus' own held-out families and texts (TEXTS of each kind), or on a stranger's files. Intervals are of 95 %, by
+bootstrap over concept families (pictures) or texts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import numpy as np
 from PIL import Image
 
 from training.data.corpus import Corpus
-from training.data.images import read_image
-from training.data.order import GlobalOrder, random_at, shuffled
-from training.data.rows import Picture, Text, clean_lines
+from training.data.images import read_picture
+from training.data.order import random_at, row_counts, shuffled
+from training.data.rows import Picture, Text, clean, clean_lines
 from training.data.tasks import TASKS
 from training.data.tasks.ask import Ask, Question, plain_questions
 from training.data.tasks.contrast import picture_words
 from training.data.tasks.writing import poem_prompt, review_prompt
 from training.errors import UserError
-from training.image_folder import open_corpus
 from training.measures.answers import accuracy
 from training.measures.bootstrap import bootstrap, paired_bootstrap
 from training.measures.captions import caption_scores
@@ -36,7 +35,7 @@ from training.trained import M6
 
 STYLE, FLAGS = "fluent-3d", "旗帜"  # of the figures: one picture a concept; flags are named by nothing in them
 BLANK = Image.new("RGB", (128, 128), "white")
-TEXT_TASKS = ("denoise", "language", "poem", "review")
+TEXT_TASKS = {"denoise", "language", "poem", "review"}
 TEXTS = 1000  # of each kind
 SEED = 0
 
@@ -70,13 +69,14 @@ def read_pairs(path: Path) -> list[Pair]:
     pairs = []
     for line, row in _lines(path):
         zh, en, image = row.get("zh"), row.get("en"), row.get("image")
-        if not (isinstance(zh, str) and zh.strip() and isinstance(image, str) and isinstance(en, str | None)):
+        if not (_is_text(zh) and isinstance(image, str) and isinstance(en, str | None)):
             raise UserError(f'{path}, line {line}: must be {{"image": path, "zh": words, "en": words or null}}')
         try:
-            picture = read_image((path.parent / image).read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}, line {line}: {image}: {getattr(error, 'strerror', None) or error}") from None
-        pairs.append(Pair(picture, zh, zh, [en] if en else [], f"{line}"))
+            picture = read_picture(path.parent / image)
+        except UserError as error:
+            raise UserError(f"{path}, line {line}: {error}") from None
+        name, english = clean(zh), clean(en or "")
+        pairs.append(Pair(picture, name, name, [english] if english else [], f"{line}"))
     return pairs
 
 
@@ -85,15 +85,20 @@ def read_texts(path: Path) -> list[tuple[str, str]]:
     texts = []
     for line, row in _lines(path):
         text, title = row.get("text"), row.get("title")
-        if not (isinstance(text, str) and text.strip() and isinstance(title, str | None)):
+        if not (_is_text(text) and isinstance(title, str | None)):
             raise UserError(f'{path}, line {line}: must be {{"text": words, "title": words, or without}}')
         texts.append((f"写一首诗。题目：{title}。" if title else "", text))
     return texts
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that says something, and can be encoded."""
+    return isinstance(value, str) and bool(clean(value)) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     for number, line in enumerate(lines, 1):
@@ -131,8 +136,8 @@ def similarities(m: M6, pairs: Sequence[Pair]) -> np.ndarray:
 
 def measure_retrieval(similarity: np.ndarray, pairs: Sequence[Pair]) -> tuple[Report, dict[str, Recall]]:
     """R@1, 5 and 10 both ways, and the recalls themselves."""
-    words = [pair.words for pair in pairs]
-    found = retrieval(similarity, words, words)
+    names = [pair.name for pair in pairs]
+    found = retrieval(similarity, names, names)
     both = {"image_to_text": found.image_to_text, "text_to_image": found.text_to_image}
     return {way: _recall(recall, pairs) for way, recall in both.items()}, both
 
@@ -168,6 +173,9 @@ def measure_captions(m: M6, pairs: Sequence[Pair]) -> Report:
         "chrf": found.chrf,
         "cider": found.cider,
         "n": found.n,
+        "intervals": {
+            name: _ends(values, families) for name, values in (("exact", found.exact_N), ("cider", found.cider_N))
+        },
         "blank_image": {"exact": blank.exact, "chrf": blank.chrf, "cider": blank.cider},
         "chrf_above_blank": vars(paired_bootstrap(found.chrf_N, blank.chrf_N, families)),
         "samples": [[pair.name, text] for pair, text in zip(pairs, said, strict=True)],
@@ -191,7 +199,8 @@ def _answers(m: M6, kind: str, questions: Sequence[tuple[Picture, Question]]) ->
     true = [question.answer for _, question in questions]
     plain = kind.startswith("plain")
     found = accuracy(m.answers([(question.text, None if plain else p.pil()) for p, question in questions]), true)
-    report = {"accuracy": found.accuracy, "majority": found.majority, "n": found.n}
+    interval = _ends(found.right_N, [picture.family for picture, _ in questions])
+    report = {"accuracy": found.accuracy, "interval": interval, "majority": found.majority, "n": found.n}
     if not plain:
         blank = m.answers([(question.text, BLANK) for _, question in questions])
         report["blank_image"] = accuracy(blank, true).accuracy
@@ -203,30 +212,48 @@ def _answers(m: M6, kind: str, questions: Sequence[tuple[Picture, Question]]) ->
 
 def measure_texts(m: M6, texts: Sequence[tuple[str, str]]) -> Report:
     """Bits a character of (prompt, text) pairs: the end of a text costs bits too, and is no character."""
-    bits = m.bits(texts)
-    lengths = np.array([len(clean_lines(text.splitlines())) for _, text in texts], float)
-    found = bootstrap(-bits, [str(n) for n in range(len(texts))], lengths)
+    return bits_a_character(m.bits(texts), [text for _, text in texts])
+
+
+def bits_a_character(bits: np.ndarray, texts: Sequence[str]) -> Report:
+    """Given the bits of each text."""
+    found = bootstrap(-bits, _numbers(texts), _lengths(texts))
     return {"bits_per_character": -found.value, "interval": [-found.high, -found.low], "n": len(texts)}
 
 
-def consumed_texts(corpus: Corpus, recipe: Recipe, step: int) -> dict[str, list[str]]:
-    """What a run of this recipe has been shown of each kind of text up to a step, as often as it was shown."""
-    if "draw" in recipe.tasks:
-        corpus = open_corpus(recipe, recipe.model_shape())
-    tasks = [TASKS[name](corpus, "train") for name in recipe.tasks]
-    order = GlobalOrder(tasks, recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block)
-    seen: dict[str, list[str]] = {"poem": [], "review": []}
-    for position in range(step * recipe.global_batch):
-        if order.task_at(position).name in TEXT_TASKS:
-            kind = corpus.text(order.item(position)).kind
-            seen[kind].append(corpus.tokenizer.decode(order.row(position).target))
-    return seen
+def beside_ngram(bits: np.ndarray, seen: Sequence[str], texts: Sequence[str]) -> Report:
+    """The same texts by a character 5-gram that was trained on `seen`, and how many bits a character it needs more."""
+    rival = CharacterNgram(seen).bits(texts)
+    above = paired_bootstrap(rival, bits, _numbers(texts), _lengths(texts))
+    return bits_a_character(rival, texts) | {"trained_on_characters": sum(map(len, seen)), "above_run": vars(above)}
 
 
-def ngram_bits(consumed: Sequence[str], texts: Sequence[str]) -> Report:
-    """The same of a character 5-gram that was trained on `consumed`."""
-    found = CharacterNgram(consumed).bits_per_character(texts)
-    return {"bits_per_character": found, "trained_on_characters": sum(map(len, consumed))}
+def _numbers(texts: Sequence[str]) -> list[str]:
+    return [str(number) for number in range(len(texts))]
+
+
+def _lengths(texts: Sequence[str]) -> np.ndarray:
+    return np.array([len(clean_lines(text.splitlines())) for text in texts], float)
+
+
+def seen_texts(corpus: Corpus, recipe: Recipe, step: int, kind: str) -> list[str]:
+    """Every text of a kind of which a run of this recipe was shown some part up to a step, whole, and once.
+
+    That is a little more than it was shown: a rival that learns from them is not at a disadvantage.
+    """
+    counts = row_counts(recipe.tasks, recipe.global_batch, recipe.block)
+    items: set[int] = set()
+    for name in TEXT_TASKS & counts.keys():
+        pool = TASKS[name](corpus, "train").pool
+        shown_rows = min(step * counts[name], len(pool))
+        items.update(int(pool[shuffled(draw, len(pool), (recipe.seed, name, 0))]) for draw in range(shown_rows))
+    own = set(corpus.text_rows("train", kind).tolist())
+    return [corpus.text(item).text for item in sorted(items & own)]
+
+
+def _ends(values: np.ndarray, families: Sequence[str]) -> list[float]:
+    interval = bootstrap(values, families)
+    return [interval.low, interval.high]
 
 
 def _interval(values: np.ndarray, families: Sequence[str]) -> Report:

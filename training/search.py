@@ -19,13 +19,12 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from training.data.images import read_image
-from training.data.tasks.contrast import Contrast
+from training.data.images import SUFFIXES, read_picture
+from training.data.rows import clean
 from training.errors import UserError
 from training.files import replace
 from training.trained import M6
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 DETAILS = 0.5  # what the model's own words about a picture weigh beside the picture
 VECTORS, ENTRIES = "vectors.safetensors", "entries.json"
 BATCH = 32
@@ -78,7 +77,7 @@ class Index:
         replace(place / ENTRIES, json.dumps(kept, ensure_ascii=False))
 
     def update(self, m: M6, advance: Callable[[int, int], object] = lambda done, of: None) -> int:
-        """Take in what is new or changed in the folder, and out what is gone; returns how many pictures were read.
+        """Take in what is new or changed in the folder, and out what is gone; returns how many pictures were taken in.
 
         `advance` is told how many of the new ones are done. Raises UserError if there is no picture at all.
         """
@@ -103,17 +102,17 @@ class Index:
             raise UserError(f"{self.folder}: no picture there{f' ({self.skipped[0]})' if self.skipped else ''}")
         images_ND, details_ND = (np.concatenate(parts) for parts in zip(*vectors, strict=True))
         self.entries, self.vectors = entries, (images_ND, details_ND)
-        return len(new)
+        return len(entries) - len(kept)
 
     def _read(self, paths: Sequence[Path]) -> tuple[list[Entry], list[Image.Image]]:
         entries: list[Entry] = []
         images = []
         for path in paths:
             try:
+                images.append(read_picture(path))
                 state = path.stat()
-                images.append(read_image(path.read_bytes()))
-            except (OSError, ValueError) as error:
-                self.skipped.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+            except (OSError, UserError) as error:
+                self.skipped.append(str(error))
                 continue
             name = str(path.relative_to(self.folder))
             entries.append({"name": name, "size": state.st_size, "changed": state.st_mtime_ns})
@@ -142,9 +141,9 @@ def pictures_in(folder: Path) -> Iterator[Path]:
 
 
 def details_of(m: M6, images: Sequence[Image.Image]) -> list[str]:
-    """What the model says of each picture: its name and key words, as far as they can be searched."""
-    said = [" ".join(both).strip() or "?" for both in zip(m.captions(images), m.captions(images, "tags"), strict=True)]
-    return [m.tokenizer.decode(m.tokenizer.encode_finely(text)[: Contrast.positions - 1]) for text in said]
+    """What the model says of each picture: its name and key words."""
+    both = zip(m.captions(images), m.captions(images, "tags"), strict=True)
+    return [clean(" ".join(said)) or "?" for said in both]
 
 
 def _unchanged(path: Path, entry: Entry) -> bool:
@@ -160,7 +159,7 @@ def contact_sheet(hits: Sequence[Hit], columns: int = 4) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for place, hit in enumerate(hits):
         left, top = place % columns * THUMBNAIL, place // columns * cell
-        thumbnail = read_image(hit.path.read_bytes())
+        thumbnail = read_picture(hit.path)
         thumbnail.thumbnail((THUMBNAIL - 8, THUMBNAIL - 8))
         corner = (left + (THUMBNAIL - thumbnail.width) // 2, top + (THUMBNAIL - thumbnail.height) // 2)
         sheet.paste(thumbnail, corner)

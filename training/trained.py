@@ -7,6 +7,7 @@ m.caption("cup.png")
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,13 @@ from model.image_tokens import ImageTokenizer
 from model.m6 import M6 as Network
 from model.trie import Trie
 from training.data.batches import Batch, Batcher, picture_side, pixel_patches
+from training.data.corpus import FEATURE_NETWORK, TOKENIZER, Corpus
 from training.data.features import PatchFeatures, as_array, as_picture, augmented
-from training.data.images import read_image
+from training.data.images import read_image, read_picture
 from training.data.rows import clean, clean_lines
 from training.data.tasks import Row
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS
+from training.data.tasks.contrast import Contrast
 from training.data.tasks.draw import draw_prompt
 from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
@@ -43,6 +46,15 @@ ROWS = 32  # of a batch
 CAPTION_TOKENS, ANSWER_TOKENS, CAPTION_BEAMS = 24, 24, 4
 
 Picture = str | Path | bytes | Image.Image
+
+
+@contextlib.contextmanager
+def _told_as_mistake() -> Iterator[None]:
+    """What decoding refuses is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -97,15 +109,25 @@ class M6:
         """
         folder = Path(run)
         if (folder / CONFIG).is_file():
-            described = read_description(folder)
-            network, recipe, trained = load_exported(folder), None, described.step
-            home, positions = folder, described.text_positions
-        else:
-            network, recipe, trained = load_checkpoint(chosen_checkpoints(checkpoints_of(run), step)[-1])
-            home, positions = Path(data or recipe.data) / "corpus", recipe.text_positions
-        takes_features = network.config.image_input == "features"
-        features = PatchFeatures(home / "feature_network.safetensors") if takes_features else None
-        return cls(network, Tokenizer(home / "tokenizer.model"), features, positions, trained, recipe)
+            return cls._of_export(folder)
+        place = chosen_checkpoints(checkpoints_of(run), step)[-1]
+        network, recipe, manifest = load_checkpoint(place)
+        corpus = Corpus.open(data or recipe.data)
+        if corpus.fingerprint != manifest["data"] or corpus.tokenizer.sha256 != manifest["tokenizer"]:
+            raise UserError(f"{place}: it was trained on other data than {corpus.folder}; give its own with --data")
+        features = PatchFeatures(corpus.feature_network) if recipe.model_shape().image_input == "features" else None
+        return cls(network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe)
+
+    @classmethod
+    def _of_export(cls, folder: Path) -> M6:
+        described = read_description(folder)
+        tokenizer = Tokenizer(folder / TOKENIZER)
+        features = PatchFeatures(folder / FEATURE_NETWORK) if described.feature_network else None
+        if (tokenizer.sha256, features and features.sha256) != (described.tokenizer, described.feature_network):
+            raise UserError(f"{folder}: its tokenizer or its feature network is not the one that {CONFIG} names")
+        device: int | str = 0 if torch.cuda.is_available() else "cpu"
+        network = load_exported(folder, {"": device})
+        return cls(network, tokenizer, features, described.text_positions, described.step)
 
     @property
     def shape(self) -> ModelConfig:
@@ -129,11 +151,13 @@ class M6:
         """`caption` of many. Raises UserError for what is no picture, or a kind that is unknown."""
         if kind not in ASK:
             raise UserError(f"caption of kind {kind!r}: must be one of {', '.join(ASK)}")
+        self._needs("caption")
         settings = self._settings(CAPTION_TOKENS, beams=CAPTION_BEAMS)
-        return self._answers([(ASK[kind], image) for image in images], settings)
+        return self._answers([self._question(ASK[kind], image) for image in images], settings)
 
     def ask(self, question: str, image: Picture | None = None, choices: Sequence[str] = ()) -> str:
         """The answer to a question, about a picture or not; one of `choices`, if there are any."""
+        self._needs("ask")
         trie = None
         if choices:
             encoded = [self.tokenizer.encode(clean(choice)) for choice in choices]
@@ -142,11 +166,13 @@ class M6:
             trie = Trie(encoded, self.tokenizer.eos_id)
         tokens = max(ANSWER_TOKENS, trie.depth if trie else 0)
         beams = max(len(choices), CAPTION_BEAMS)
-        return self._answers([(question, image)], self._settings(tokens, beams=beams), trie)[0]
+        return self._answers([self._question(question, image, fine=True)], self._settings(tokens, beams=beams), trie)[0]
 
     def answers(self, questions: Sequence[tuple[str, Picture | None]]) -> list[str]:
         """`ask` of many, without choices; the likeliest words."""
-        return self._answers(questions, self._settings(ANSWER_TOKENS))
+        self._needs("ask")
+        rows = [self._question(question, image, fine=True) for question, image in questions]
+        return self._answers(rows, self._settings(ANSWER_TOKENS))
 
     def match(self, image: Picture, text: str) -> float:
         """How likely the model finds it that the text belongs to the picture, from 0 to 1."""
@@ -154,10 +180,12 @@ class M6:
 
     def matches(self, pairs: Sequence[tuple[Picture, str]]) -> list[float]:
         """`match` of many."""
+        self._needs("match")
         yes, no = (self.tokenizer.encode(word)[0] for word in (YES, NO))
         found = []
         for batch in self._batches([self._question(match_question(text), image, fine=True) for image, text in pairs]):
-            logits_BV, _ = self.network.prefill(batch, room=1)
+            with _told_as_mistake():
+                logits_BV, _ = self.network.prefill(batch, room=0)
             found += logits_BV[:, [no, yes]].float().softmax(-1)[:, 1].tolist()
         return found
 
@@ -189,7 +217,8 @@ class M6:
 
         generator = torch.Generator().manual_seed(style.seed)
         batch = next(self._batches([row]))
-        [[answer]] = generate(self.network, batch, settings, generator=generator, on_token=on_token)
+        with _told_as_mistake():
+            [[answer]] = generate(self.network, batch, settings, generator=generator, on_token=on_token)
         return self.tokenizer.decode(answer.tokens)
 
     def bits(self, texts: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -199,8 +228,10 @@ class M6:
         """
         rows, owner = [], []
         for number, (prompt, text) in enumerate(texts):
-            source = self._prompt(prompt) if prompt else []
-            target = [*self.tokenizer.encode(clean_lines(text.splitlines())), self.tokenizer.eos_id]
+            target = [*self.tokenizer.encode(self._cleaned(text)), self.tokenizer.eos_id]
+            # As `Task.fit` has it: a prompt keeps half of the positions if need be.
+            kept = max(self.text_positions - len(target), self.text_positions // 2)
+            source = self.tokenizer.encode(self._cleaned(prompt))[:kept] if prompt else []
             room = self.text_positions - len(source)
             for start in range(0, len(target), room):
                 rows.append(Row(source, target[start : start + room]))
@@ -225,7 +256,8 @@ class M6:
         )  # fmt: skip
         batch, other = next(self._batches([row])), next(self._batches([twin]))
         generator = torch.Generator().manual_seed(hand.seed)
-        [answers] = generate(self.network, batch, settings, twin=other, generator=generator)
+        with _told_as_mistake():
+            [answers] = generate(self.network, batch, settings, twin=other, generator=generator)
         codes_BP = torch.tensor([answer.tokens for answer in answers]) - self.shape.text_vocab
         pictures = [as_picture(pixels) for pixels in painter.decode(codes_BP)]
         likely = self.matches([(picture, text) for picture in pictures])
@@ -233,8 +265,9 @@ class M6:
         return [pictures[place] for _, place in ranked[: hand.pictures]]
 
     def _painter(self) -> ImageTokenizer:
+        self._needs("draw")
         if self.recipe is None or self.recipe.image_tokenizer is None:
-            raise UserError("this model was trained without task `draw`: it cannot draw")
+            raise UserError("an export has no image tokenizer: draw with its run")
         return load_image_tokenizer(Path(self.recipe.image_tokenizer))
 
     # ---- search
@@ -244,27 +277,34 @@ class M6:
         return self._embed([Row([], [], self._picture(image), 0) for image in images])
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """fp32 [n, D], of length one."""
-        return self._embed([Row(self._prompt(text, fine=True), [], None, 0) for text in texts])
+        """fp32 [n, D], of length one. What is longer than texts were in training is cut to that."""
+        most = min(Contrast.positions, self.text_positions) - 1
+        encode = self.tokenizer.encode_finely
+        return self._embed([Row(encode(self._cleaned(text))[:most], [], None, 0) for text in texts])
 
     @torch.no_grad()
     def _embed(self, rows: Sequence[Row]) -> np.ndarray:
+        self._needs("contrast")
         self.network.eval()
         found = [embed(self.network.summaries(batch)).cpu().numpy() for batch in self._batches(rows)]
         return np.concatenate(found) if found else np.zeros((0, self.shape.hidden), np.float32)
 
     # ---- below: rows and batches
 
+    def _needs(self, task: str) -> None:
+        if self.recipe and task not in self.recipe.tasks:
+            raise UserError(f"this model was trained without task `{task}` (launch/recipes/emoji.yaml has it)")
+
     def _settings(self, tokens: int, **how: Any) -> Decoding:
         tokenizer = self.tokenizer
-        return Decoding(tokens, range(tokenizer.eos_id, tokenizer.vocab_size), tokenizer.eos_id, **how)
+        with _told_as_mistake():
+            return Decoding(tokens, range(tokenizer.eos_id, tokenizer.vocab_size), tokenizer.eos_id, **how)
 
-    def _answers(
-        self, questions: Sequence[tuple[str, Picture | None]], settings: Decoding, trie: Trie | None = None
-    ) -> list[str]:
+    def _answers(self, rows: Sequence[Row], settings: Decoding, trie: Trie | None = None) -> list[str]:
         said: list[str] = []
-        for batch in self._batches([self._question(question, image) for question, image in questions]):
-            found = generate(self.network, batch, settings, trie=trie)
+        for batch in self._batches(rows):
+            with _told_as_mistake():
+                found = generate(self.network, batch, settings, trie=trie)
             said += [self.tokenizer.decode(answers[0].tokens) for answers in found]
         return said
 
@@ -272,9 +312,7 @@ class M6:
         return Row(self._prompt(text, fine), [self.tokenizer.eos_id], None if image is None else self._picture(image))
 
     def _prompt(self, text: str, fine: bool = False) -> list[int]:
-        cleaned = clean_lines(text.splitlines())
-        if not cleaned:
-            raise UserError("the text is empty: say something")
+        cleaned = self._cleaned(text)
         tokens = self.tokenizer.encode_finely(cleaned) if fine else self.tokenizer.encode(cleaned)
         if len(tokens) >= self.text_positions:
             raise UserError(
@@ -282,6 +320,14 @@ class M6:
                 "the answer: shorten it"
             )
         return tokens
+
+    def _cleaned(self, text: str) -> str:
+        cleaned = clean_lines(text.splitlines())
+        if not cleaned:
+            raise UserError("the text is empty: say something")
+        if any("\ud800" <= character <= "\udfff" for character in cleaned):
+            raise UserError("the text holds half of a character (a lone surrogate): mend its encoding")
+        return cleaned
 
     def _batches(self, rows: Sequence[Row], labels: bool = False) -> Iterator[Batch]:
         device = self.network.vocabulary.weight.device
@@ -295,11 +341,12 @@ class M6:
     def _picture(self, picture: Picture) -> Image.Image:
         if isinstance(picture, Image.Image):
             return picture
+        if not isinstance(picture, bytes):
+            return read_picture(Path(picture))
         try:
-            return read_image(picture if isinstance(picture, bytes) else Path(picture).read_bytes())
-        except (OSError, ValueError) as error:
-            name = "the picture" if isinstance(picture, bytes) else str(picture)
-            raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
+            return read_image(picture)
+        except ValueError as error:
+            raise UserError(f"the picture: {error}") from None
 
     def _look(self, picture: Image.Image) -> np.ndarray:
         if self.features:

@@ -1,5 +1,6 @@
 """Build the corpus folder from pictures and texts: columns, tokenizer, patch features, manifest."""
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -49,6 +50,7 @@ def build_corpus(
 
     `sources` goes into the manifest as it is. Returns the wall seconds of each phase.
     """
+    network = copy.deepcopy(network)  # which is given the features' means
     seconds: dict[str, float] = {}
     with phase("columns", seconds):
         _write_rows(folder / corpus.PICTURES, pictures, Picture)
@@ -62,7 +64,7 @@ def build_corpus(
         _standardise(raw, network, np.array([picture.split == "train" for picture in pictures]))
         _write_network(folder, network)
     with phase("checksums", seconds):
-        _write_manifest(folder, pictures, texts, sources, log)
+        _write_manifest(folder, pictures, texts, sources, network, log)
     return seconds
 
 
@@ -138,7 +140,12 @@ def _write_features(folder: Path, pictures: Sequence[Picture]) -> np.memmap:
 
 
 def _write_manifest(
-    folder: Path, pictures: Sequence[Picture], texts: Sequence[Text], sources: dict[str, Any], log: Log
+    folder: Path,
+    pictures: Sequence[Picture],
+    texts: Sequence[Text],
+    sources: dict[str, Any],
+    network: EfficientNetLite0,
+    log: Log,
 ) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"sha256": corpus.sha256_of(path), "bytes": path.stat().st_size}
@@ -147,7 +154,7 @@ def _write_manifest(
     }
     manifest = {
         "format": corpus.FORMAT,
-        "fingerprint": _fingerprint(files),
+        "fingerprint": _fingerprint(files, network),
         "sources": sources,
         "pictures": _count(pictures),
         "texts": _count(texts),
@@ -162,18 +169,20 @@ def _write_manifest(
     (folder / corpus.MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def _fingerprint(files: dict[str, dict[str, Any]]) -> str:
+def _fingerprint(files: dict[str, dict[str, Any]], network: EfficientNetLite0) -> str:
     """SHA-256 over the hashes of what defines the data.
 
-    The features are represented by their network and views: their last bits differ between processors, which
-    does not make them other data.
+    The features are represented by their network, without the means that came of them, and by their views: their last
+    bits differ between processors, which does not make them other data.
     """
+    published = {name: value for name, value in network.state_dict().items() if name not in ("mean", "deviation")}
     # The datasets library writes notes of its own beside the rows.
     defining = sorted(
         f"{name} {entry['sha256']}\n"
         for name, entry in files.items()
-        if name.endswith(".arrow") or name in (corpus.TOKENIZER, corpus.FEATURE_NETWORK)
+        if name.endswith(".arrow") or name == corpus.TOKENIZER
     )
+    defining += [f"format {corpus.FORMAT}, network {hashlib.sha256(save(published)).hexdigest()}\n"]
     views = json.dumps([asdict(view) for view in AUGMENTATIONS])
     return hashlib.sha256(("".join(defining) + views).encode()).hexdigest()
 

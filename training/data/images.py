@@ -1,11 +1,17 @@
 """Decode images that come from strangers."""
 
 import io
+from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from training.errors import UserError
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "WEBP", "JPEG")
+SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+LONG_SIDE = 512  # pixels that are kept of a stranger's picture: more than any network here looks at
 
 
 def read_image(data: bytes) -> Image.Image:
@@ -18,13 +24,30 @@ def read_image(data: bytes) -> Image.Image:
             # The size stands in the header: a decompression bomb is refused before it is decoded.
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            return on_white(image)
+            return on_white(_in_eight_bits(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError:
         raise ValueError(f"not a readable image: none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"too large: {error}") from error
     except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"not a readable image: {error}") from error
+
+
+def read_picture(path: Path) -> Image.Image:
+    """`read_image` of a file, at most LONG_SIDE pixels a side. Raises UserError that names it."""
+    try:
+        image = read_image(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits would all be cut to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
 
 
 def on_white(image: Image.Image) -> Image.Image:

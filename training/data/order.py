@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from training.data.tasks import Row, Task
+from training.data.tasks import TASKS, Row, Task
 from training.errors import UserError
 
 T = TypeVar("T")
@@ -44,8 +44,7 @@ class GlobalOrder:
                     f"tasks.{task.name}: the corpus has nothing for it in split {task.split!r}: leave it out"
                 )
         self.batch, self.text_positions, self.seed = batch, text_positions, seed
-        weights, grouped = {t.name: weights[t.name] for t in self.tasks}, [t.name for t in self.tasks if t.grouped]
-        self.counts = allot_blocks(weights, batch, grouped[0], block) if grouped else allot(weights, batch)
+        self.counts = row_counts({task.name: weights[task.name] for task in self.tasks}, batch, block)
         self._places = self._spread(block)
 
     def _spread(self, block: int) -> list[tuple[Task, int]]:
@@ -94,6 +93,12 @@ def spread(things: Sequence[T], counts: Sequence[int]) -> list[tuple[T, int]]:
     return [(things[i], turn) for _, i, turn in sorted(turns)]
 
 
+def row_counts(weights: Mapping[str, float], batch: int, block: int) -> dict[str, int]:
+    """Rows of each task in a step, those of a grouped task in whole blocks. Raises UserError if that cannot be."""
+    grouped = [name for name in weights if TASKS[name].grouped]
+    return allot_blocks(weights, batch, grouped[0], block) if grouped else allot(weights, batch)
+
+
 def allot_blocks(weights: Mapping[str, float], batch: int, grouped: str, block: int) -> dict[str, int]:
     """`allot`, where the task `grouped` has whole blocks: as many as come nearest to its share, and at least one.
 
@@ -101,8 +106,10 @@ def allot_blocks(weights: Mapping[str, float], batch: int, grouped: str, block: 
     """
     if batch % block:
         raise UserError(f"global_batch={batch} is not divisible by {block}, the rows of a contrastive group")
-    own = max(1, round(allot(weights, batch)[grouped] / block)) * block
     rest = {name: weight for name, weight in weights.items() if name != grouped}
+    own = max(1, round(allot(weights, batch)[grouped] / block)) * block
+    if rest:
+        own = min(own, max(batch - block, block))
     if len(rest) > batch - own:
         raise UserError(f"global_batch={batch} leaves no room for {', '.join(rest)} beside {own} contrastive rows")
     return {grouped: own, **(allot(rest, batch - own) if rest else {})}
