@@ -30,16 +30,13 @@ def train_tokenizer(recipe_file: Path, overrides: Sequence[str], name: str) -> N
         def report(what: str, done: int, total: int, figures: dict[str, float]) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total, figures="")
-            bars.update(tasks[what], completed=done, figures=_told(figures))
+            told = f"loss {figures['loss']:.3f}" if figures else ""
+            bars.update(tasks[what], completed=done, figures=told)
 
         measures = train_image_tokenizer(recipe, folder, report)
     console = Console()
     console.print(_table(measures, recipe.split))
     console.print(f"image tokenizer: {folder}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _told(figures: dict[str, float]) -> str:
-    return "  ".join(f"{name} {figures[name]:.4f}" for name in ("loss", "l1", "perceptual") if name in figures)
 
 
 def _table(measures: dict[str, dict[str, float]], split: str) -> Table:
