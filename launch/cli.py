@@ -163,7 +163,6 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @JSON
 def caption(images: tuple[Path, ...], kind: str, run: str | None, data: Path | None, as_json: bool) -> None:
     """Say what pictures show: a name in Chinese or English, or key words."""
-    _without_gpu()
     from launch import use
 
     use.caption(run, data, images, kind, as_json)
@@ -178,7 +177,6 @@ def ask(words: tuple[str, ...], choices: tuple[str, ...], run: str | None, data:
     """Answer a question, about a picture or by itself: m6 ask cup.png 这是什么?"""
     if len(words) > 2:
         raise click.UsageError("more than an IMAGE and a QUESTION: put the question in quotes")
-    _without_gpu()
     from launch import use
 
     use.ask(run, data, Path(words[0]) if len(words) == 2 else None, words[-1], choices)
@@ -190,7 +188,7 @@ def ask(words: tuple[str, ...], choices: tuple[str, ...], run: str | None, data:
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True)
 @click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @RUN
 @DATA
 def write(
@@ -204,7 +202,6 @@ def write(
     data: Path | None,
 ) -> None:
     """Write a text, as it comes to mind: m6 write 写一首诗。题目：春晓。作者：孟浩然。"""
-    _without_gpu()
     from launch import use
     from training.trained import Style
 
@@ -218,7 +215,7 @@ def write(
 @click.option("--tries", type=click.IntRange(1, 256), default=16, show_default=True, help="Of which the best are kept.")
 @click.option("--guidance", type=click.FloatRange(0, 100), default=3.0, show_default=True, help="What the words weigh.")
 @click.option("--temperature", type=click.FloatRange(0.01, 100), default=1.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @RUN
 @DATA
 def draw(
@@ -235,7 +232,6 @@ def draw(
     """Draw pictures for a text; the model itself says which fit best: m6 draw 红色的苹果"""
     if pictures > tries:
         raise click.UsageError(f"--pictures {pictures}: cannot be more than --tries {tries}")
-    _without_gpu()
     from launch import use
     from training.trained import Hand
 
@@ -254,7 +250,6 @@ def search(
     query: str, folder: Path, most: int, sheet: Path | None, run: str | None, data: Path | None, as_json: bool
 ) -> None:
     """Find pictures of a folder by meaning."""
-    _without_gpu()
     from launch import use
 
     use.search(run, data, query, folder, most, sheet, as_json)
@@ -271,7 +266,6 @@ def evaluate(
     pairs: Path | None, texts: Path | None, split: str, target: Path | None, run: str | None, data: Path | None
 ) -> None:
     """Measure what a run can do: on the corpus' held-out families, or on files of your own."""
-    _without_gpu()
     from launch.evaluate import evaluate as measure
 
     measure(run, data, pairs, texts, split, target)

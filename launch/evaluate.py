@@ -55,38 +55,52 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
     if not rows:
         raise UserError(f"--split {split}: the corpus has no pictures of style {quality.STYLE} in it")
     pairs = [quality.pair_of(corpus.picture(row)) for row in rows]
-    tell("finding pictures and texts")
     report: Report = {}
-    report["retrieval"], own = quality.measure_retrieval(quality.similarities(m, pairs), pairs)
-    tell("finding: the ridge retriever")
-    features = ridge.pooled_features(corpus, home / "cache")
-    retriever = ridge.fit(corpus, features, ["train", "validation"] if split == "test" else ["train"])
-    report["retrieval_ridge"], rival = quality.measure_retrieval(
-        retriever.similarity(features[rows], [pair.words for pair in pairs]), pairs
-    )
-    report["retrieval_above_ridge"] = quality.beside(own, rival, pairs)
-    tell("naming pictures")
-    report["caption"] = quality.measure_captions(m, pairs)
-    tell("answering questions")
-    report["answers"] = quality.measure_answers(m, corpus, split)
+    if _learned(m, "contrast"):
+        tell("finding pictures and texts")
+        report |= _finding(m, corpus, split, home, rows, pairs)
+    if _learned(m, "caption"):
+        tell("naming pictures")
+        report["caption"] = quality.measure_captions(m, pairs)
+    if _learned(m, "ask"):
+        tell("answering questions")
+        report["answers"] = quality.measure_answers(m, corpus, split)
     for kind in ("poem", "review"):
         tell(f"writing: {kind}")
-        texts = quality.corpus_texts(corpus, split, kind)
-        plain = [text.text for text in texts]
-        report[f"text_{kind}"] = {
-            "unprompted": quality.measure_texts(m, [("", text) for text in plain]),
-            "prompted": quality.measure_texts(m, [(quality.prompted(text), text.text) for text in texts]),
-        }
-        report[f"text_{kind}"] |= _ngrams(m, corpus, kind, plain)
+        report[f"text_{kind}"] = _writing(m, corpus, split, kind)
     return report
 
 
-def _ngrams(m: M6, corpus: Corpus, kind: str, texts: list[str]) -> Report:
+def _learned(m: M6, task: str) -> bool:
+    return m.recipe is None or task in m.recipe.tasks
+
+
+def _finding(m: M6, corpus: Corpus, split: str, home: Path, rows: list[int], pairs: list[quality.Pair]) -> Report:
+    own, recalls = quality.measure_retrieval(quality.similarities(m, pairs), pairs)
+    try:
+        features = ridge.pooled_features(corpus, home / "cache")
+    except OSError as error:
+        raise UserError(f"{home / 'cache'}: cannot be written to ({error.strerror})") from None
+    retriever = ridge.fit(corpus, features, ["train", "validation"] if split == "test" else ["train"])
+    similarity = retriever.similarity(features[rows], [pair.words for pair in pairs])
+    rival, rivals_recalls = quality.measure_retrieval(similarity, pairs)
+    above = quality.beside(recalls, rivals_recalls, pairs)
+    return {"retrieval": own, "retrieval_ridge": rival, "retrieval_above_ridge": above}
+
+
+def _writing(m: M6, corpus: Corpus, split: str, kind: str) -> Report:
+    texts = quality.corpus_texts(corpus, split, kind)
+    plain = [text.text for text in texts]
+    bits = m.bits([("", text) for text in plain])
+    report = {
+        "unprompted": quality.bits_a_character(bits, plain),
+        "prompted": quality.measure_texts(m, [(quality.prompted(text), text.text) for text in texts]),
+    }
     rows = corpus.text_rows("train", kind)
-    found = {"5-gram, all training text": quality.ngram_bits([corpus.text(int(row)).text for row in rows], texts)}
-    if m.recipe and (seen := quality.consumed_texts(corpus, m.recipe, m.step)[kind]):
-        found["5-gram, text consumed"] = quality.ngram_bits(seen, texts)
-    return found
+    seen = {"5-gram, all training text": [corpus.text(int(row)).text for row in rows]}
+    if m.recipe:
+        seen["5-gram, texts seen"] = quality.seen_texts(corpus, m.recipe, m.step, kind)
+    return report | {name: quality.beside_ngram(bits, of, plain) for name, of in seen.items() if of}
 
 
 def _show(report: Report) -> None:

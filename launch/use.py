@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from training.errors import UserError
 from training.run import CHECKPOINTS, FOLDER
+from training.search import Index, contact_sheet
 from training.trained import M6, Hand, Style
 
 DRAWN = 256  # pixels of a drawing's file
@@ -68,13 +69,19 @@ def draw(run: str | None, data: Path | None, text: str, hand: Hand, target: Path
         print(path)
 
 
+def _keep(index: Index, place: Path) -> None:
+    try:
+        index.save(place)
+    except OSError as error:
+        print(f"m6: the index is not kept: {place}: {error.strerror}", file=sys.stderr)
+
+
 def search(
     run: str | None, data: Path | None, query: str, folder: Path, most: int, sheet: Path | None, as_json: bool
 ) -> None:
     """Print the pictures of a folder that fit a query best, and draw them on a contact sheet."""
-    from training.search import Index, contact_sheet
-
     m = load(run, data)
+    m.embed_texts([query])  # a bad query is told before a folder is read
     place = FOLDER / ".indexes" / hashlib.sha256(f"{folder.resolve()} {m.identity}".encode()).hexdigest()[:16]
     index = Index.open(place, folder, m.identity)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -82,13 +89,14 @@ def search(
         bar = bars.add_task("reading pictures", total=None)
         changed = index.update(m, lambda done, of: bars.update(bar, completed=done, total=of))
     if changed:
-        index.save(place)
+        _keep(index, place)
     for problem in index.skipped:
         print(f"m6: passed over {problem}", file=sys.stderr)
     hits = index.search(m, query, most)
     if sheet:
+        picture = contact_sheet(hits)
         try:
-            contact_sheet(hits).save(sheet)
+            picture.save(sheet)
         except (OSError, ValueError) as error:
             raise UserError(f"--sheet {sheet}: cannot be written ({error})") from None
     if as_json:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -87,11 +87,11 @@ def read_texts(path: Path) -> list[tuple[str, str]]:
         text, title = row.get("text"), row.get("title")
         if not (_is_text(text) and isinstance(title, str | None)):
             raise UserError(f'{path}, line {line}: must be {{"text": words, "title": words, or without}}')
-        texts.append((f"写一首诗。题目：{title}。" if title else "", text))
+        texts.append((f"写一首诗。题目：{title}。" if _is_text(title) else "", text))
     return texts
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """Whether it is a text that says something, and can be encoded."""
     return isinstance(value, str) and bool(clean(value)) and not any("\ud800" <= c <= "\udfff" for c in value)
 

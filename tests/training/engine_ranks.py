@@ -105,14 +105,14 @@ def train(
     return rank.train(0, RECIPE["steps"])
 
 
-def states_kept(data: Path, swap: Path, ds: dict[str, Any], once: bool) -> dict[str, Any]:
+def states_kept(data: Path, swap: Path, ds: dict[str, Any], clip: float, once: bool) -> dict[str, Any]:
     """Train four steps with equal numbers kept `once` or, as DeepSpeed has it, twice: the losses, the masters after
     them, and the pairs of states that share their memory."""
     from training import engine
 
     if not once:
         engine.keep_once = engine.spare_passes = lambda _: None
-    rank = Rank(data, swap, ds)
+    rank = Rank(data, swap, ds, {"optimizer": {"lr": 1e-3, "clip": clip}})
     losses = rank.train(0, 4)
     optimizer = rank.engine.deepspeed.optimizer
     gradients, pairs = optimizer.grad_partitions_flat_buffer.untyped_storage().data_ptr(), set()

@@ -16,7 +16,7 @@ from model.m6 import M6
 from training import ds_config, machine
 from training.ds_config import FOLDER, OFF_AT_ONE, REFUSED, SETTINGS, default_path, largest_partition, resolve
 from training.errors import UserError
-from training.recipe import parse_recipe
+from training.recipe import load_recipe, parse_recipe
 
 LAW = settings(deadline=None, derandomize=True)
 RECIPE = {"model": "m6-tiny", "steps": 10, "global_batch": 64, "tasks": {"caption": 1}}
@@ -401,3 +401,20 @@ def test_the_largest_partition_is_the_built_models(shape, parallel, world):
     assert bool(experts) == bool(shape.experts)
     largest = max(math.ceil(max(others) / world), math.ceil(max(experts, default=0) / parallel / (world // parallel)))
     assert largest_partition(shape, parallel, world) == largest
+
+
+def test_micro_batches_hold_whole_contrastive_groups():
+    groups = ["tasks={caption: 1, contrast: 1}", "contrast_pairs=8"]
+    auto = ds("train_micro_batch_size_per_gpu", "auto")
+    assert resolved(*groups, auto).micro_batch == 32  # of 64 rows on two ranks
+    assert resolved(*groups, "contrast_pairs=16", auto).micro_batch == 32
+    problem = refusal(*groups, "contrast_pairs=32", auto)
+    assert "share of 32 rows" in problem and "groups of 64: change contrast_pairs=32" in problem
+    problem = refusal(*groups, ds("train_micro_batch_size_per_gpu", 8))
+    assert "train_micro_batch_size_per_gpu=8 is not divisible by the 16 rows" in problem
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_emoji_recipe_runs_on_one_rank_as_it_is(gpus, tmp_path):
+    recipe = load_recipe(FOLDER.parent / "launch" / "recipes" / "emoji.yaml")
+    assert resolve(recipe, 1, gpus, tmp_path).micro_batch == 128

@@ -74,16 +74,25 @@ def test_bits_are_summed_over_texts(m: M6) -> None:
     assert low <= found["bits_per_character"] <= high
 
 
-def test_consumed_texts_are_those_of_the_global_order(sample_corpus: Corpus) -> None:
+def test_texts_seen_are_those_of_the_global_order(sample_corpus: Corpus) -> None:
     values = {"model": {"preset": "m6-tiny", "text_vocab": 540}, "steps": 9, "global_batch": 8,
               "tasks": {"poem": 2, "caption": 1, "review": 1}}  # fmt: skip
     recipe = parse_recipe(values, [], "test")
-    seen = quality.consumed_texts(sample_corpus, recipe, 4)
     order = GlobalOrder([TASKS[name](sample_corpus, "train") for name in recipe.tasks], recipe.tasks, 8, 96, 1)
-    assert len(seen["poem"]) == 4 * order.counts["poem"] and len(seen["review"]) == 4 * order.counts["review"]
-    poems = {sample_corpus.text(int(row)).text for row in sample_corpus.text_rows("train", "poem")}
-    assert set(seen["poem"]) <= poems
-    assert quality.ngram_bits(seen["poem"], seen["poem"])["bits_per_character"] < 4
+    for steps in (0, 4, 400):
+        shown = {(order.task_at(place).name, order.item(place)) for place in range(steps * 8)}
+        for kind in ("poem", "review"):
+            texts = {sample_corpus.text(item).text for name, item in shown if name == kind}
+            seen = quality.seen_texts(sample_corpus, recipe, steps, kind)
+            assert len(seen) == len(texts) and set(seen) == texts
+    assert len(seen) == len(sample_corpus.text_rows("train", "review"))
+
+
+def test_a_rival_that_knows_the_texts_needs_fewer_bits(sample_corpus: Corpus) -> None:
+    texts = [sample_corpus.text(int(row)).text for row in sample_corpus.text_rows("train", "poem")[:40]]
+    found = quality.beside_ngram(np.full(40, 500.0), texts, texts)
+    assert found["bits_per_character"] < 4 and found["above_run"]["high"] < 0
+    assert found["trained_on_characters"] == sum(map(len, texts))
 
 
 def test_a_strangers_files_are_read(sample_corpus: Corpus, tmp_path: Path) -> None:
@@ -104,8 +113,10 @@ def test_a_strangers_files_are_read(sample_corpus: Corpus, tmp_path: Path) -> No
         ("x", ", line 1: no JSON"),
         ("[1]", ", line 1: .* is no object"),
         ('{"zh": "x"}', ", line 1: must be"),
-        ('\n{"image": "no.png", "zh": "x"}', ", line 2: no.png: No such file"),
-        ('{"image": "p.jsonl", "zh": "x"}', ", line 1: p.jsonl: not a readable image"),
+        ('\n{"image": "no.png", "zh": "x"}', ", line 2: .*no.png: No such file"),
+        ('{"image": "p.jsonl", "zh": "x"}', ", line 1: .*p.jsonl: not a readable image"),
+        ('{"image": "p.jsonl", "zh": "\\u200b"}', ", line 1: must be"),
+        ('{"image": "p.jsonl", "zh": "\\ud800"}', ", line 1: must be"),
         ('{"image": "p.jsonl", "zh": "x", "en": 5}', ", line 1: must be"),
     ],
 )

@@ -1,7 +1,9 @@
 """A trained run at work: loaded from checkpoints and exports, asked properly and improperly."""
 
 import io
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,15 @@ from model.image_tokens import ImageTokenizer
 from tests.training.made_checkpoint import first_model, make_checkpoints, make_recipe, same_values
 from training import M6
 from training.data.corpus import Corpus
-from training.data.images import MAX_PIXELS
-from training.data.tasks import Row
+from training.data.images import MAX_PIXELS, read_image, read_picture
+from training.data.order import random_at
+from training.data.tasks import TASKS, Row
+from training.data.tasks.contrast import picture_words
 from training.data.views import FixedViews
 from training.errors import UserError
 from training.image_folder import save_image_tokenizer
 from training.image_recipe import ImageTokenizerRecipe
+from training.recipe import TASK_NAMES, Recipe
 from training.trained import Hand, Style
 
 PROMPT = "写一首诗。题目：春晓。作者：佚名。"
@@ -30,8 +35,12 @@ PROMPT = "写一首诗。题目：春晓。作者：佚名。"
 def run(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with checkpoints of steps 3 and 5."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    make_checkpoints(folder / "checkpoints", make_recipe(sample_corpus), sample_corpus, 3, 5)
+    make_checkpoints(folder / "checkpoints", every_task(sample_corpus), sample_corpus, 3, 5)
     return folder
+
+
+def every_task(corpus: Corpus) -> Recipe:
+    return make_recipe(corpus).model_copy(update={"tasks": dict.fromkeys(TASK_NAMES, 1.0)})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ def pictures(sample_corpus: Corpus) -> list[Image.Image]:
 
 
 def test_the_newest_checkpoint_is_loaded_or_the_one_asked_for(run: Path, m: M6, sample_corpus: Corpus) -> None:
-    recipe = make_recipe(sample_corpus)
+    recipe = every_task(sample_corpus)
     assert same_values(m.network, first_model(recipe, 5)) and m.step == 5
     third = M6.load(run, step=3)
     assert same_values(third.network, first_model(recipe, 3)) and third.step == 3
@@ -77,7 +86,7 @@ def test_a_damaged_checkpoint_is_refused(run: Path, sample_corpus: Corpus, tmp_p
 
 
 def test_a_run_without_its_data_says_so(sample_corpus: Corpus, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="run `m6 data fetch`"):
+    with pytest.raises(UserError, match="run `m6 data fetch"):
         M6.load(run, data=tmp_path)
     assert M6.load(run, data=sample_corpus.folder.parent).step == 5
 
@@ -138,6 +147,38 @@ def test_bits_are_the_models_own(m: M6) -> None:
     assert found[1] == pytest.approx(bits, rel=1e-5) and found[1] != pytest.approx(m.bits([("", text)])[0])
 
 
+def test_a_long_prompt_is_cut_as_in_training(m: M6) -> None:
+    text = "床前明月光，疑是地上霜。" * 3
+    target = [*m.tokenizer.encode(text), m.tokenizer.eos_id]
+    long = "题目" * 100
+    source = m.tokenizer.encode(long)[: max(m.text_positions - len(target), m.text_positions // 2)]
+    assert m.bits([(long, text)])[0] == pytest.approx(m.bits([(m.tokenizer.decode(source), text)])[0], rel=0.02)
+
+
+def test_prompts_are_those_of_the_tasks(m: M6, sample_corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model is asked in use is, token by token, what it was asked in training."""
+    rows: list[Row] = []
+    batches = m._batches
+    monkeypatch.setattr(m, "_batches", lambda rs, labels=False: (rows.extend(rs), batches(rs, labels))[1])
+    corpus = Corpus.open(sample_corpus.folder.parent)
+    picture = corpus.picture(int(corpus.picture_rows("validation")[0]))
+    asked: dict[str, list[list[int]]] = {}
+    for name in ("ask", "caption", "contrast", "match"):
+        task = TASKS[name](corpus, "validation")
+        items = [item for item in task.pool.tolist() if max(item, ~item) == corpus.picture_rows("validation")[0]]
+        asked[name] = [task.row(item, 48, random_at(1, n)).source for item in items for n in range(80)]
+    m.captions([picture.pil()])
+    m.captions([picture.pil()], "en")
+    m.ask("属于哪一类?", picture.pil())
+    m.ask(f"“{picture.zh}”属于哪一类?")
+    m.match(picture.pil(), picture.zh)
+    m.embed_texts([picture_words(picture)])
+    m.embed_images([picture.pil()])
+    names = ("caption", "caption", "ask", "ask", "match", "contrast", "contrast")
+    for row, name in zip(rows, names, strict=True):
+        assert row.source in asked[name], name
+
+
 def test_long_texts_are_read_in_stretches(m: M6) -> None:
     text = "床前明月光，疑是地上霜。" * 40
     stretches = len(m.tokenizer.encode(text)) / m.text_positions
@@ -158,7 +199,7 @@ def painter(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def draws(corpus: Corpus, painter: Path | None, home: Path) -> M6:
-    recipe = make_recipe(corpus).model_copy(update={"image_tokenizer": painter and str(painter)})
+    recipe = every_task(corpus).model_copy(update={"image_tokenizer": painter and str(painter)})
     make_checkpoints(home / "checkpoints", recipe, corpus, 2)
     return M6.load(home)
 
@@ -178,9 +219,20 @@ def test_drawings_are_the_decoders_and_ranked_by_the_model(
     assert [p.tobytes() for p in every[:3]] == [p.tobytes() for p in pictures]
 
 
-def test_a_model_that_cannot_draw_says_so(m: M6, sample_corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="trained without task `draw`"):
-        m.draw("圆")
+def test_a_model_says_what_it_has_not_learned(sample_corpus: Corpus, tmp_path: Path) -> None:
+    make_checkpoints(tmp_path / "poet" / "checkpoints", make_recipe(sample_corpus), sample_corpus, 1)
+    poet = M6.load(tmp_path / "poet")
+    blank = Image.new("RGB", (9, 9))
+    for task, ask in {
+        "draw": lambda: poet.draw("圆"), "caption": lambda: poet.caption(blank), "ask": lambda: poet.ask("圆?"),
+        "match": lambda: poet.match(blank, "圆"), "contrast": lambda: poet.embed_texts(["圆"]),
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"trained without task `{task}`"):
+            ask()
+    assert isinstance(poet.write(PROMPT, Style(tokens=4)), str)
+
+
+def test_a_run_whose_image_tokenizer_is_gone_says_so(sample_corpus: Corpus, tmp_path: Path) -> None:
     gone = draws(sample_corpus, tmp_path / "gone", tmp_path / "run")
     with pytest.raises(UserError, match="no image tokenizer there"):
         gone.draw("圆")
@@ -201,6 +253,23 @@ def test_transparent_animated_and_grey_pictures_are_read(m: M6, pictures: list[I
     assert isinstance(m.caption(Image.new("L", (9, 300))), str)
 
 
+def test_pictures_are_turned_upright_and_dark_ones_stay_dark(m: M6, pictures: list[Image.Image]) -> None:
+    turned = Image.new("RGB", (60, 40), "white")
+    turned.paste("red", (0, 0, 20, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    seen = read_image(encoded(turned, format="PNG", exif=exif))
+    assert seen.size == (40, 60) and seen.getpixel((20, 5)) == (255, 0, 0)
+    ramp = Image.fromarray(np.linspace(0, 65535, 256, dtype=np.uint16)[None].repeat(4, 0))
+    values = np.asarray(read_image(encoded(ramp, format="PNG")))[0, :, 0]
+    assert abs(values.astype(int) - np.arange(256)).max() <= 1
+
+
+def test_large_pictures_are_kept_small(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(encoded(Image.new("RGB", (3000, 2000)), format="JPEG"))
+    assert read_picture(tmp_path / "photo.jpg").size == (512, 341)
+
+
 def test_what_is_no_picture_is_refused_in_one_line(m: M6, pictures: list[Image.Image], tmp_path: Path) -> None:
     side = math.isqrt(MAX_PIXELS) + 1
     (tmp_path / "text.png").write_text("no picture")
@@ -213,11 +282,35 @@ def test_what_is_no_picture_is_refused_in_one_line(m: M6, pictures: list[Image.I
         assert "0x" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", "\u200b"])
-def test_an_empty_prompt_is_refused(m: M6, text: str) -> None:
+@pytest.mark.parametrize("text", ["", " \n\t", "\u200b", "\ud800"])
+def test_an_empty_prompt_or_half_a_character_is_refused(m: M6, text: str) -> None:
     for ask in (m.write, m.ask, lambda words: m.embed_texts([words])):
-        with pytest.raises(UserError, match="the text is empty"):
+        with pytest.raises(UserError, match=r"the text is empty|half of a character"):
             ask(text)
+
+
+@pytest.mark.parametrize("style", [Style(temperature=float("nan")), Style(repetition_penalty=0.0), Style(top_p=2.0)])
+def test_a_style_that_cannot_be_is_refused(m: M6, style: Style) -> None:
+    with pytest.raises(UserError, match="must be"):
+        m.write(PROMPT, style)
+
+
+def test_other_data_than_the_runs_is_refused(run: Path, sample_corpus: Corpus, tmp_path: Path) -> None:
+    copy = tmp_path / "data" / "corpus"
+    shutil.copytree(sample_corpus.folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match=r"trained on other data than .*corpus; give its own with --data"):
+        M6.load(run, data=tmp_path / "data")
+
+
+def test_an_export_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
+    export_run(str(run), target=tmp_path / "export")
+    with (tmp_path / "export" / "feature_network.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0?")
+    with pytest.raises(UserError, match=r"not the one that config.json names"):
+        M6.load(tmp_path / "export")
 
 
 def test_a_long_prompt_is_refused_and_strange_characters_are_not(m: M6) -> None:

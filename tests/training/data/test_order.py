@@ -163,6 +163,7 @@ def test_a_batch_that_is_no_whole_number_of_blocks_is_refused():
         allot_blocks({"caption": 1, "contrast": 1}, 17, "contrast", 8)
     with pytest.raises(UserError, match="global_batch=8 leaves no room for caption beside 8 contrastive rows"):
         allot_blocks({"caption": 1, "contrast": 9}, 8, "contrast", 8)
+    assert allot_blocks({"caption": 1, "contrast": 99}, 24, "contrast", 8) == {"contrast": 16, "caption": 8}
 
 
 @pytest.mark.parametrize(("batch", "block"), [(32, 8), (64, 16), (16, 2)])
