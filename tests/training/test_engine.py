@@ -90,3 +90,14 @@ def test_shared_layers_train_under_the_engine(sample_corpus: Corpus, tmp_path: P
         ds = ranks.settings(ranks.CPU, parallel, recompute=recompute)
         results.append(run_ranks(2, ranks.train, sample_corpus.folder.parent, tmp_path, ds, changes)[0])
     assert agree(results[0], results[1]) and agree(results[0], results[2])
+
+
+def test_contrastive_groups_do_not_depend_on_the_layout(sample_corpus: Corpus, tmp_path: Path) -> None:
+    """Few steps: a sharp softmax over cosines multiplies rounding."""
+    mixture = {"tasks": {"contrast": 2, "caption": 1, "match": 1, "ask": 1}, "contrast_pairs": 2}
+    changes, data = {"model": NARROW, **mixture}, sample_corpus.folder.parent
+    results = [
+        run_ranks(world, ranks.train, data, tmp_path, ranks.settings(ranks.CPU, parallel), changes, 4)[0]
+        for world, parallel in ((2, 2), (1, 1))
+    ]
+    assert agree(*results)
