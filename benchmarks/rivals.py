@@ -16,10 +16,11 @@ import numpy as np
 
 from training.data.corpus import Corpus
 from training.data.splits import Split
+from training.data.tasks.contrast import picture_words
 from training.measures.bootstrap import Interval, bootstrap
 from training.measures.retrieval import Recall, retrieval
 from training.rivals.ngram import CharacterNgram
-from training.rivals.ridge import caption, fit, pooled_features
+from training.rivals.ridge import fit, pooled_features
 
 STYLE = "fluent-3d"
 SPLITS: list[list[Split]] = [["train"], ["train", "validation"]]
@@ -46,7 +47,7 @@ def _retriever(corpus: Corpus, cache: str) -> None:
     labels, families = [p.zh for p in pictures], [p.family for p in pictures]
     for splits in SPLITS:
         retriever = fit(corpus, features_ND, splits)
-        for words, texts in ("label and tags", [caption(p) for p in pictures]), ("label", labels):
+        for words, texts in ("label and tags", [picture_words(p) for p in pictures]), ("label", labels):
             found = retrieval(retriever.similarity(features_ND[rows], texts), labels, labels)
             for way, recall in ("image to text", found.image_to_text), ("text to image", found.text_to_image):
                 cells = " | ".join(_recall_cells(recall, families))

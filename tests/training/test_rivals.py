@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data_sample import draw, sample_pictures
+from training.data.tasks.contrast import picture_words
 from training.measures.retrieval import retrieval
 from training.rivals.ngram import CharacterNgram
-from training.rivals.ridge import FLAGS, PooledFeatures, RidgeRetriever, caption, fit, pooled_features
+from training.rivals.ridge import FLAGS, PooledFeatures, RidgeRetriever, fit, pooled_features
 
 LAW = settings(deadline=None, derandomize=True, max_examples=40)
 LETTERS = "abcdefgh"
@@ -131,7 +132,7 @@ def test_held_out_pictures_find_their_words(sample_corpus, features):
         np.concatenate([sample_corpus.picture_rows(split) for split in splits])
         for splits in (("train",), ("validation", "test"))
     )
-    names = [caption(sample_corpus.picture(row)) for row in range(len(features))]
+    names = [picture_words(sample_corpus.picture(row)) for row in range(len(features))]
     # A penalty of as many observations as there are, as 3000 is for the whole corpus.
     retriever = RidgeRetriever(features[train], [names[row] for row in train], ridge=len(train))
     held_out = [names[row] for row in rest]

@@ -18,8 +18,8 @@ from PIL import Image
 from training.data.corpus import Corpus
 from training.data.features import PatchFeatures, augmented, pixels
 from training.data.images import on_white
-from training.data.rows import Picture
 from training.data.splits import Split
+from training.data.tasks.contrast import picture_words
 
 SIDE = 144  # pixels
 RIDGE = 3000.0
@@ -65,12 +65,7 @@ def fit(corpus: Corpus, features_ND: np.ndarray, splits: Sequence[Split]) -> Rid
     rows = np.concatenate([corpus.picture_rows(split) for split in splits])
     pictures = [corpus.picture(int(row)) for row in rows]
     kept = [place for place, picture in enumerate(pictures) if picture.group != FLAGS]
-    return RidgeRetriever(features_ND[rows[kept]], [caption(pictures[place]) for place in kept])
-
-
-def caption(picture: Picture) -> str:
-    """What the retriever knows a picture by: its Chinese label and tags."""
-    return " ".join([picture.zh, *picture.tags])
+    return RidgeRetriever(features_ND[rows[kept]], [picture_words(pictures[place]) for place in kept])
 
 
 class PooledFeatures:
