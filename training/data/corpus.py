@@ -18,7 +18,7 @@ from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
 # Raised whenever the layout changes, or the same packages would give another corpus.
-FORMAT = 2
+FORMAT = 3
 FOLDER = "corpus"
 PICTURES, TEXTS = "pictures", "texts"
 TOKENIZER, FEATURES, FEATURE_NETWORK = "tokenizer.model", "features.npy", "feature_network.safetensors"

@@ -1,8 +1,10 @@
 """Pictures to patch features: a frozen EfficientNet-Lite0, as M6 feeds a frozen ResNet's patch features.
 
-M6 (arXiv 2103.00823) cuts an image into 4 x 4 patches and describes each by a pre-trained CNN. Here the last
-feature map of EfficientNet-Lite0 at 128 x 128 pixels is that 4 x 4 grid (Tan and Le 2019; the Lite variants
-have no squeeze-and-excitation and use ReLU6). The network never trains: features are computed once a picture.
+M6 (arXiv 2103.00823) cuts an image into 4 x 4 patches and describes each by a pre-trained CNN. Here these are
+means over the last feature map of EfficientNet-Lite0 at the 224 x 224 pixels that it was trained on, whose 7 x 7
+places 4 x 4 windows share (Tan and Le 2019; the Lite variants have no squeeze-and-excitation and use ReLU6). At
+128 pixels, where the map itself is 4 x 4, far less is found by them. The network never trains: features are
+computed once a picture.
 """
 
 import hashlib
@@ -21,8 +23,9 @@ from torch.nn import functional as F
 from training.data.images import on_white
 from training.errors import UserError
 
-IMAGE_SIZE = 128
-PATCHES = 16
+IMAGE_SIZE = 224
+GRID = 4  # patches along a side
+PATCHES = GRID * GRID
 CHANNELS = 1280
 
 # (repeats, kernel, stride, expansion, output channels) of the inverted-bottleneck stages.
@@ -106,11 +109,12 @@ class EfficientNetLite0(nn.Module):
         self.register_buffer("deviation", torch.ones(CHANNELS))
 
     def patches(self, x: Tensor) -> Tensor:
-        """[n, 3, h, w] of normalised pixels -> [n, h/32 * w/32, 1280], row by row, each channel standardised.
+        """[n, 3, h, w] of normalised pixels -> [n, 16, 1280], row by row, each channel standardised.
 
         ReLU6 leaves channels with means far from zero, beside which what tells pictures apart is small.
         """
-        return (self.features(x).flatten(2).transpose(1, 2) - self.mean) / self.deviation
+        patches = F.adaptive_avg_pool2d(self.features(x), GRID)
+        return (patches.flatten(2).transpose(1, 2) - self.mean) / self.deviation
 
     def stem(self, x: Tensor) -> Tensor:
         """[n, 3, h, w] of normalised pixels -> [n, 32, h/2, w/2], the blocks' input."""

@@ -10,6 +10,7 @@ from tests.data_sample import draw, random_network
 from training.data.features import (
     AUGMENTATIONS,
     CHANNELS,
+    IMAGE_SIZE,
     PATCHES,
     EfficientNetLite0,
     PatchFeatures,
@@ -61,20 +62,22 @@ def test_images_of_any_size_and_mode(features):
 def test_patches_are_the_map_row_by_row(features):
     square = augmented(picture(), 0)
     with torch.inference_mode():
-        grid = features.network.features(pixels([square]))
-    assert grid.shape == (1, CHANNELS, 4, 4)
+        places = features.network.features(pixels([square]))
+    assert places.shape == (1, CHANNELS, 7, 7)
+    windows = [slice(0, 2), slice(1, 4), slice(3, 6), slice(5, 7)]  # neighbours share one place
+    grid = torch.stack([torch.stack([places[..., y, x].mean((2, 3)) for x in windows], -1) for y in windows], -2)
     mean, deviation = (buffer[:, None, None] for buffer in (features.network.mean, features.network.deviation))
     grid = (grid - mean) / deviation
     patches = features([picture()])
-    assert torch.equal(patches[0, 1], grid[0, :, 0, 1]) and torch.equal(patches[0, 4], grid[0, :, 1, 0])
+    torch.testing.assert_close(patches[0], grid[0].flatten(1).T)
 
 
 def test_stored_features_are_those_of_the_pictures(sample_corpus, features):
     for row in (0, 17, len(sample_corpus.pictures) - 1):
         item = sample_corpus.picture(row)
         squares = [augmented(item.pil(), k, item.mirrorable) for k in range(len(AUGMENTATIONS))]
-        # One float16 rounding, and float32 sums in another order for another batch size.
-        np.testing.assert_allclose(sample_corpus.features[row], features.of_squares(squares), rtol=2e-3, atol=2e-3)
+        # Rounded to float16 before channels are standardised, which stretches it, and after.
+        np.testing.assert_allclose(sample_corpus.features[row], features.of_squares(squares), rtol=2e-3, atol=6e-3)
 
 
 def test_augmentations_keep_the_object_whole():
@@ -89,7 +92,7 @@ def test_what_reads_differently_in_a_mirror_is_not_mirrored():
     left_half.paste("black", (0, 0, 32, 64))
     for k in range(len(AUGMENTATIONS)):
         dark = np.asarray(augmented(left_half, k, mirrorable=False)).mean(-1) < 128
-        assert dark[:, :64].sum() > dark[:, 64:].sum()
+        assert dark[:, : IMAGE_SIZE // 2].sum() > dark[:, IMAGE_SIZE // 2 :].sum()
 
 
 def test_damaged_network_file(tmp_path):
