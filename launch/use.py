@@ -22,10 +22,15 @@ DRAWN = 256  # pixels of a drawing's file
 
 def load(run: str | None, data: Path | None = None) -> M6:
     """The model of a run, or, None given, of the run that saved last, which is then named. Raises UserError."""
+    return M6.load(chosen(run), data=data)
+
+
+def chosen(run: str | None) -> str:
+    """The run that is meant: if none is named, that which saved last, which is then told. Raises UserError."""
     if run is None:
         run = _newest()
         print(f"using run {run}", file=sys.stderr, flush=True)
-    return M6.load(run, data=data)
+    return run
 
 
 def _newest() -> str:

@@ -52,13 +52,14 @@ Tell = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its words. `name` is what it is to be called, `words` what it is to be found by."""
+    """A picture and its words. `name` is what it is to be called, `words` what it is to be found by; `en` may be ""."""
 
     image: Image.Image
     name: str
     words: str
     references: list[str]  # other right captions
     family: str
+    en: str
 
 
 def picture_rows(corpus: Corpus, split: str) -> list[int]:
@@ -68,7 +69,8 @@ def picture_rows(corpus: Corpus, split: str) -> list[int]:
 
 def pair_of(picture: Picture) -> Pair:
     others = [" ".join(picture.tags), picture.en]
-    return Pair(picture.pil(), picture.zh, picture_words(picture), [text for text in others if text], picture.family)
+    references = [text for text in others if text]
+    return Pair(picture.pil(), picture.zh, picture_words(picture), references, picture.family, picture.en)
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -83,7 +85,7 @@ def read_pairs(path: Path) -> list[Pair]:
         except UserError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
         name, english = clean(zh), clean(en or "")
-        pairs.append(Pair(picture, name, name, [english] if english else [], f"{line}"))
+        pairs.append(Pair(picture, name, name, [english] if english else [], f"{line}", english))
     return pairs
 
 

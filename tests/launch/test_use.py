@@ -14,6 +14,7 @@ from tests.training.made_checkpoint import make_checkpoints, make_recipe
 from tests.training.small_run import write_pictures
 from training.data.corpus import Corpus
 from training.errors import UserError
+from training.evaluation import Samples
 from training.recipe import TASK_NAMES
 
 QUESTION = "属于哪一类?"
@@ -110,6 +111,12 @@ def test_evaluation_of_the_corpus_stands_beside_its_rivals(home: Path, sample_co
             assert texts["unprompted"]["n"] == len(sample_corpus.text_rows(split, kind))
             assert texts["unprompted"]["bits_per_character"] > texts["5-gram, all training text"]["bits_per_character"]
         assert all(title in done.stdout for title in ("Finding", "Naming", "Answering", "Writing"))
+        left = home / "runs" / "first" / "evaluation"
+        assert json.loads((left / "figures.json").read_text()) == report
+        shown = Samples.model_validate_json((left / "samples.json").read_bytes())
+        assert shown.searches and {one.task for one in shown.sayings} == {"caption", "ask", "poem", "review"}
+        assert not shown.drawings  # for want of an image tokenizer
+        assert done.stdout.endswith(f"page: {left / 'index.html'}\n") and (left / "index.html").is_file()
 
 
 def test_evaluation_of_a_strangers_files(home: Path) -> None:
@@ -120,6 +127,7 @@ def test_evaluation_of_a_strangers_files(home: Path) -> None:
     report = json.loads((home / "out.json").read_text())
     assert report["retrieval"]["text_to_image"]["n"] == 6 and report["caption"]["n"] == 6
     assert report["text"]["bits_per_character"] > 0 and "text_poem" not in report
+    assert "图0" in (home / "runs" / "first" / "evaluation-of-files" / "index.html").read_text()
 
 
 def test_what_cannot_be_is_refused_before_a_model_is_loaded() -> None:

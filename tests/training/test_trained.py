@@ -12,19 +12,14 @@ import torch
 from PIL import Image
 
 from launch.checkpoints import export_run
-from model.config import ImageTokenizerConfig
-from model.image_tokens import ImageTokenizer
-from tests.training.made_checkpoint import first_model, make_checkpoints, make_recipe, same_values
+from tests.training.made_checkpoint import first_model, make_checkpoints, make_image_tokenizer, make_recipe, same_values
 from training import M6
 from training.data.corpus import Corpus
 from training.data.images import MAX_PIXELS, read_image, read_picture
 from training.data.order import random_at
 from training.data.tasks import TASKS, Row
 from training.data.tasks.contrast import picture_words
-from training.data.views import FixedViews
 from training.errors import UserError
-from training.image_folder import save_image_tokenizer
-from training.image_recipe import ImageTokenizerRecipe
 from training.recipe import TASK_NAMES, Recipe
 from training.trained import Hand, Style
 
@@ -187,15 +182,7 @@ def test_long_texts_are_read_in_stretches(m: M6) -> None:
 
 @pytest.fixture(scope="module")
 def painter(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an image tokenizer with first weights: 16 codes of 200 a picture."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    shape = ImageTokenizerConfig(side=16, patch=4, widths=(8,), levels=(8, 5, 5))
-    recipe = ImageTokenizerRecipe(model=shape, steps=1, batch=1)
-    model = ImageTokenizer(shape, seed=1)
-    views = torch.stack([view for view in FixedViews(sample_corpus, range(len(sample_corpus.pictures)), 16)])
-    codes = model.encode(views).view(-1, 4, 16).numpy().astype(np.uint16)
-    save_image_tokenizer(folder, model, codes, recipe, sample_corpus, None, {})
-    return folder
+    return make_image_tokenizer(sample_corpus, tmp_path_factory.mktemp("tokenizer"))
 
 
 def draws(corpus: Corpus, painter: Path | None, home: Path) -> M6:
