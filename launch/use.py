@@ -56,9 +56,9 @@ def ask(run: str | None, data: Path | None, image: Path | None, question: str, c
     print(load(run, data).ask(question, image, choices))
 
 
-def write(run: str | None, data: Path | None, prompt: str, style: Style) -> None:
+def write(run: str | None, data: Path | None, prompt: str, examples: Sequence[tuple[str, str]], style: Style) -> None:
     """Print a text as it is written."""
-    load(run, data).write(prompt, style, lambda text: print(text, end="", flush=True))
+    load(run, data).write(prompt, style, lambda text: print(text, end="", flush=True), examples)
     print()
 
 

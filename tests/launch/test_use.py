@@ -76,6 +76,7 @@ def test_questions_are_answered_from_the_choices() -> None:
 def test_writing_streams_and_repeats() -> None:
     arguments = ("write", "写一首诗。", "--tokens", "12", "--run", "first")
     assert run(*arguments).stdout == run(*arguments).stdout != run(*arguments, "--seed", "5").stdout
+    assert run(*arguments, "--example", "写诗 => 春眠\n不觉晓").stdout != run(*arguments).stdout
 
 
 def test_search_keeps_its_index_and_draws_a_sheet(home: Path) -> None:
@@ -135,6 +136,8 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded() -> None:
         (("ask", "a", "b", "c"), "more than an IMAGE and a QUESTION"),
         (("draw", "x", "--pictures", "5", "--tries", "4"), "cannot be more than --tries 4"),
         (("write", "x", "--seed", "-1"), "-1 is not in the range"),
+        (("write", "x", "--example", "写诗 春眠"), "must be 'PROMPT => TEXT'"),
+        (("write", "x", "--example", "写诗 => "), "must be 'PROMPT => TEXT'"),
     ):
         with pytest.raises(UsageError, match=message):
             run(*arguments)

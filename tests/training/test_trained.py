@@ -119,6 +119,20 @@ def test_writing_streams_what_it_returns_and_can_be_repeated(m: M6) -> None:
     assert m.write(PROMPT, Style(tokens=10_000))  # to the model's last position
 
 
+def test_examples_are_read_before_the_prompt(m: M6, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[list[int]] = []
+    batch_of = m.batch_of
+    monkeypatch.setattr(m, "batch_of", lambda rows, width: sources.append(rows[0].source) or batch_of(rows, width))
+    style = Style(tokens=8, temperature=0)
+    m.write("写诗。题目：月。", style, examples=[("写诗。题目：山。", "青山\n 绿水"), ("写诗。题目：水。", "流水")])
+    joined = "写诗。题目：山。\n青山\n绿水\n写诗。题目：水。\n流水\n写诗。题目：月。"
+    assert sources == [m.tokenizer.encode(joined)]
+    with pytest.raises(UserError, match=r"the prompt with its examples has \d+ tokens, and the model"):
+        m.write("写诗。", style, examples=[("写诗。", "青山绿水" * 9)] * 9)
+    with pytest.raises(UserError, match="the text is empty"):
+        m.write("写诗。", style, examples=[("写诗。", " ")])
+
+
 def test_vectors_do_not_depend_on_their_company(m: M6, pictures: list[Image.Image]) -> None:
     images, texts = m.embed_images(pictures), m.embed_texts(["红", "小蓝色圆环 图形"] * 20)
     assert images.shape == texts.shape == (40, m.shape.hidden)
