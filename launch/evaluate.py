@@ -77,8 +77,7 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
     shown: dict[str, Any] = {"sayings": [], "counts": {}}
     if m.recipe and m.recipe.image_tokenizer and {"draw", "match"} <= m.recipe.tasks.keys():
         tell("drawing")
-        features = _pooled_features(corpus, home)
-        shown["drawings"], shown["usual_likeness"] = samples.drawings(m, corpus, split, features)
+        shown |= samples.drawings(m, corpus, split, _pooled_features(corpus, home))
     if _learned(m, "contrast"):
         tell("finding pictures and texts")
         figures |= _finding(m, corpus, split, home, rows, pairs)

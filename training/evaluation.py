@@ -54,9 +54,10 @@ class Hit(Part):
 
 
 class Search(Part):
-    """The first pictures for a query; the right one's `rank` is counted from 1, `of` so many."""
+    """The first pictures for a query; `picture`, the right one, has `rank` (from 1) `of` so many."""
 
     query: str
+    picture: Picture
     hits: list[Hit]
     rank: int
     of: int
@@ -76,14 +77,15 @@ class Drawing(Part):
 class Samples(Part):
     """`counts`: of each task's sayings, how many were right, of how many, before some were chosen to be shown.
 
-    `usual_likeness`: how like its nearest training picture a held-out one is that the image tokenizer gave back.
+    `likeness_…`: how like their nearest training picture those are, by the median, that the image tokenizer gave back.
     """
 
     sayings: list[Saying] = []
     counts: dict[str, tuple[int, int]] = {}
     searches: list[Search] = []
     drawings: list[Drawing] = []
-    usual_likeness: float | None = None
+    likeness_held_out: float | None = None
+    likeness_trained: float | None = None
 
 
 def picture_uri(image: Image.Image) -> Picture:
@@ -162,7 +164,7 @@ def tables(figures: Figures) -> list[Table]:
 def _finding(figures: Figures) -> Table:
     rows = []
     for way in figures.get("retrieval", {}):
-        title = way.replace("_", " ")
+        title = way.replace("_to_", " → ")
         for who, key in (("this run", "retrieval"), ("ridge retriever", "retrieval_ridge")):
             if key in figures:
                 one = figures[key][way]

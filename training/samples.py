@@ -5,8 +5,9 @@ Sizes: N training pictures, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +38,9 @@ def some(count: int, of: int, key: str) -> list[int]:
     return [shuffled(place, of, (SEED, key)) for place in range(min(count, of))]
 
 
-def some_of_both(right: Sequence[bool], count: int) -> list[int]:
+def some_of_both(right: Sequence[bool], count: int, key: str) -> list[int]:
     """Half right ones and half wrong ones, drawn by lot, right ones first; fewer of a kind if there are no more."""
-    order = some(len(right), len(right), "both")
+    order = some(len(right), len(right), key)
     good, bad = ([place for place in order if right[place] is kind] for kind in (True, False))
     first = good[: max(count // 2, count - len(bad))]
     return first + bad[: count - len(first)]
@@ -50,7 +51,7 @@ def captions(pairs: Sequence[Pair], said: Sequence[str]) -> Counted:
     right = [text == pair.name for pair, text in zip(pairs, said, strict=True)]
     sayings = [
         Saying(task="caption", reference=pairs[n].name, output=said[n], picture=picture_uri(pairs[n].image))
-        for n in some_of_both(right, CAPTIONS)
+        for n in some_of_both(right, CAPTIONS, "caption")
     ]
     return sayings, (sum(right), len(right))
 
@@ -66,7 +67,7 @@ def questions(m: M6, corpus: Corpus, split: str) -> Counted:
     chosen = []
     for kind in kinds:
         of_kind = [place for place, (_, question) in enumerate(asked) if question.kind == kind]
-        picked = some_of_both([right[place] for place in of_kind], QUESTIONS // len(kinds))
+        picked = some_of_both([right[place] for place in of_kind], QUESTIONS // len(kinds), kind)
         chosen += [of_kind[place] for place in picked]
     sayings = [
         Saying(task="ask", prompt=q.text, reference=q.answer, output=said[place], picture=picture_uri(p.pil()))
@@ -101,14 +102,15 @@ def _search(pairs: Sequence[Pair], wanted: int, query: str, similarity: np.ndarr
         Hit(picture=picture_uri(pairs[n].image), words=pairs[n].name, right=fits)
         for n, fits in zip(order[:HITS], right, strict=False)
     ]
-    return Search(query=query, hits=hits, rank=right.index(True) + 1, of=len(pairs))
+    found = picture_uri(pairs[wanted].image)
+    return Search(query=query, picture=found, hits=hits, rank=right.index(True) + 1, of=len(pairs))
 
 
-def drawings(m: M6, corpus: Corpus, split: str, features: np.ndarray) -> tuple[list[Drawing], float]:
-    """Drawings of held-out and of some trained words, and the usual likeness, given the corpus' `pooled_features`.
+def drawings(m: M6, corpus: Corpus, split: str, features: np.ndarray) -> dict[str, Any]:
+    """Drawings of held-out and of some trained words, given the corpus' `pooled_features`: fields of `Samples`.
 
-    Likeness is the cosine of what the corpus' frozen network sees, each feature standardised. A copy of a training
-    picture is more like it than held-out pictures that passed through the same image tokenizer usually are.
+    Likeness is the cosine of what the corpus' frozen network sees, each feature standardised. What it is without
+    copying, and of a copy, is told by held-out and by training pictures that passed through the same image tokenizer.
     """
     nearest = Nearest(corpus, features)
     held_out, trained = (quality.picture_rows(corpus, one) for one in (split, "train"))
@@ -129,12 +131,15 @@ def drawings(m: M6, corpus: Corpus, split: str, features: np.ndarray) -> tuple[l
             likeness=likeness,
         )
         found.append(drawing)
-    usual = nearest(given_back(m, (corpus.picture(held_out[n]).pil() for n in some(ASKED, len(held_out), "usual"))))
-    return found, float(np.median([likeness for _, likeness in usual]))
+    scale = {}
+    for kind, rows in (("held_out", held_out), ("trained", trained)):
+        pictures = [corpus.picture(rows[n]).pil() for n in some(ASKED, len(rows), "likeness")]
+        scale[f"likeness_{kind}"] = float(np.median([likeness for _, likeness in nearest(given_back(m, pictures))]))
+    return {"drawings": found, **scale}
 
 
 @torch.inference_mode()
-def given_back(m: M6, pictures: Iterable[Image.Image]) -> list[Image.Image]:
+def given_back(m: M6, pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Pictures as codes and back, by the run's image tokenizer."""
     assert m.recipe and m.recipe.image_tokenizer
     painter = load_image_tokenizer(Path(m.recipe.image_tokenizer))

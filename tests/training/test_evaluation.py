@@ -45,6 +45,7 @@ FIGURES = {
 
 def make_samples(words: str = "红色的球") -> Samples:
     picture = picture_uri(Image.new("RGB", (300, 200), "red"))
+    hit = Hit(picture=picture, words=words, right=True)
     return Samples(
         sayings=[
             Saying(task="caption", reference=words, output=words, picture=picture),
@@ -52,11 +53,14 @@ def make_samples(words: str = "红色的球") -> Samples:
             Saying(task="poem", prompt=words, output=words),
         ],
         counts={"caption": (26, 421)},
-        searches=[Search(query=words, hits=[Hit(picture=picture, words=words, right=True)], rank=2, of=421)],
+        searches=[
+            Search(query=words, picture=picture, hits=[Hit(picture=picture, words=words, right=True)], rank=2, of=421)
+        ],
         drawings=[
             Drawing(words=words, trained=False, picture=picture, nearest=picture, nearest_words=words, likeness=0.912)
         ],
-        usual_likeness=0.61,
+        likeness_held_out=0.61,
+        likeness_trained=0.88,
     )
 
 
@@ -72,8 +76,12 @@ def check(page: Page, source: str) -> None:
     for figure in ("0.062", "11.0 to 13.0", "+10.1", "– to 0.60", "7.500", "+0.400", "0.700", "1,421"):
         assert figure in page.text
     assert "26 of 421 exactly right" in page.text and page.text.count("✓ right") == 1
-    assert "right one at 2" in page.text and "nearest, 0.91" in page.text and "0.61 (median)" in page.text
-    assert len(page.addresses) == 5 and all(one.startswith("data:image/png;base64,") for one in page.addresses)
+    assert (
+        "found at 2" in page.text
+        and "nearest, 0.91" in page.text
+        and "by 0.61 if they are held out, and by 0.88" in page.text
+    )
+    assert len(page.addresses) == 6 and all(one.startswith("data:image/png;base64,") for one in page.addresses)
     assert not re.search(r"url\(|@import|https?:|<script", source)
 
 

@@ -25,10 +25,10 @@ def features(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) ->
 )
 def test_right_and_wrong_ones_are_shown(good: int, bad: int, of_good: int, of_bad: int) -> None:
     right = [True] * good + [False] * bad
-    chosen = some_of_both(right, 12)
+    chosen = some_of_both(right, 12, "key")
     assert len(set(chosen)) == len(chosen) == of_good + of_bad
     assert [right[place] for place in chosen] == [True] * of_good + [False] * of_bad
-    assert chosen == some_of_both(right, 12)
+    assert chosen == some_of_both(right, 12, "key")
 
 
 def test_captions_keep_their_pictures_and_count_all(sample_corpus: Corpus) -> None:
@@ -76,8 +76,10 @@ def test_drawings_stand_beside_their_nearest(
         update={"tasks": dict.fromkeys(TASK_NAMES, 1.0), "image_tokenizer": str(painter)}
     )
     make_checkpoints(tmp_path / "run" / "checkpoints", recipe, sample_corpus, 2)
-    drawings, usual = samples.drawings(M6.load(tmp_path / "run"), sample_corpus, "test", features)
+    found = samples.drawings(M6.load(tmp_path / "run"), sample_corpus, "test", features)
+    drawings = found["drawings"]
     held_out = {sample_corpus.picture(row).zh for row in quality.picture_rows(sample_corpus, "test")}
     assert [one.words in held_out for one in drawings] == [True, True, False]
     assert [one.trained for one in drawings] == [False, False, True]
-    assert all(-1 <= value <= 1 for value in (usual, *(one.likeness for one in drawings)))
+    scale = found["likeness_held_out"], found["likeness_trained"]
+    assert all(-1 <= value <= 1 for value in (*scale, *(one.likeness for one in drawings)))
