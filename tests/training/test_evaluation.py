@@ -53,9 +53,7 @@ def make_samples(words: str = "红色的球") -> Samples:
             Saying(task="poem", prompt=words, output=words),
         ],
         counts={"caption": (26, 421)},
-        searches=[
-            Search(query=words, picture=picture, hits=[Hit(picture=picture, words=words, right=True)], rank=2, of=421)
-        ],
+        searches=[Search(query=words, picture=picture, hits=[hit], rank=2, of=421)],
         drawings=[
             Drawing(words=words, trained=False, picture=picture, nearest=picture, nearest_words=words, likeness=0.912)
         ],
