@@ -290,7 +290,10 @@ def search(
 def evaluate(
     pairs: Path | None, texts: Path | None, split: str, target: Path | None, run: str | None, data: Path | None
 ) -> None:
-    """Measure what a run can do: on the corpus' held-out families, or on files of your own."""
+    """Measure what a run can do: on the corpus' held-out families, or on files of your own.
+
+    Figures, samples and a page of both are left in the run's folder, from where `m6 report` takes them.
+    """
     from launch.evaluate import evaluate as measure
 
     measure(run, data, pairs, texts, split, target)

@@ -99,7 +99,10 @@ def test_an_index_that_cannot_be_kept_is_no_failure(home: Path) -> None:
     (home / "runs" / ".indexes").unlink()
 
 
-def test_evaluation_of_the_corpus_stands_beside_its_rivals(home: Path, sample_corpus: Corpus) -> None:
+def test_evaluation_of_the_corpus_stands_beside_its_rivals(
+    home: Path, sample_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.samples.TEXTS", 1)
     for split in ("validation", "test"):
         done = run("eval", "--run", "first", "--split", split, "--json", "out.json")
         report = json.loads((home / "out.json").read_text())
