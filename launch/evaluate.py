@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -77,7 +76,7 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
     shown: dict[str, Any] = {"sayings": [], "counts": {}}
     if m.recipe and m.recipe.image_tokenizer and {"draw", "match"} <= m.recipe.tasks.keys():
         tell("drawing")
-        shown |= samples.drawings(m, corpus, split, _pooled_features(corpus, home))
+        shown |= samples.drawings(m, corpus, split, Path(m.recipe.image_tokenizer))
     if _learned(m, "contrast"):
         tell("finding pictures and texts")
         figures |= _finding(m, corpus, split, home, rows, pairs)
@@ -113,19 +112,15 @@ def _learned(m: M6, task: str) -> bool:
 
 def _finding(m: M6, corpus: Corpus, split: str, home: Path, rows: list[int], pairs: list[quality.Pair]) -> Figures:
     own, recalls = quality.measure_retrieval(quality.similarities(m, pairs), pairs)
-    features = _pooled_features(corpus, home)
+    try:
+        features = ridge.pooled_features(corpus, home / "cache")
+    except OSError as error:
+        raise UserError(f"{home / 'cache'}: cannot be written to ({error.strerror})") from None
     retriever = ridge.fit(corpus, features, ["train", "validation"] if split == "test" else ["train"])
     similarity = retriever.similarity(features[rows], [pair.words for pair in pairs])
     rival, rivals_recalls = quality.measure_retrieval(similarity, pairs)
     above = quality.beside(recalls, rivals_recalls, pairs)
     return {"retrieval": own, "retrieval_ridge": rival, "retrieval_above_ridge": above}
-
-
-def _pooled_features(corpus: Corpus, home: Path) -> np.ndarray:
-    try:
-        return ridge.pooled_features(corpus, home / "cache")
-    except OSError as error:
-        raise UserError(f"{home / 'cache'}: cannot be written to ({error.strerror})") from None
 
 
 def _writing(m: M6, corpus: Corpus, split: str, kind: str) -> Figures:

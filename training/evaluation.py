@@ -64,28 +64,28 @@ class Search(Part):
 
 
 class Drawing(Part):
-    """A drawing and the training picture that is most like it; `trained`: the words are a training picture's."""
+    """A drawing and the training picture that is nearest; `trained`: the words are a training picture's."""
 
     words: str
     trained: bool
     picture: Picture
     nearest: Picture
     nearest_words: str
-    likeness: float
+    distance: float
 
 
 class Samples(Part):
     """`counts`: of each task's sayings, how many were right, of how many, before some were chosen to be shown.
 
-    `likeness_…`: how like their nearest training picture those are, by the median, that the image tokenizer gave back.
+    `distance_…`: to the nearest training picture, by the median, of held-out pictures and of copies.
     """
 
     sayings: list[Saying] = []
     counts: dict[str, tuple[int, int]] = {}
     searches: list[Search] = []
     drawings: list[Drawing] = []
-    likeness_held_out: float | None = None
-    likeness_trained: float | None = None
+    distance_held_out: float | None = None
+    distance_copied: float | None = None
 
 
 def picture_uri(image: Image.Image) -> Picture:

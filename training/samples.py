@@ -1,6 +1,6 @@
 """What a trained run does with held-out pictures and prompts, gathered to be looked at. One seed: always the same ones.
 
-Sizes: N training pictures, D features.
+Sizes: B pictures, P codes of each, N views of training pictures, D quantised channels at all places.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from training.data.features import as_array, as_picture, augmented
 from training.data.order import random_at, shuffled
 from training.data.tasks.ask import Ask
 from training.evaluation import Drawing, Hit, Saying, Search, picture_uri
-from training.image_folder import load_image_tokenizer
+from training.image_folder import load_image_codes, load_image_tokenizer
 from training.quality import SEED, Pair
-from training.rivals.ridge import PooledFeatures
 from training.trained import M6, Hand, Style
 
 CAPTIONS, QUESTIONS, TEXTS = 24, 12, 4
@@ -106,13 +105,13 @@ def _search(pairs: Sequence[Pair], wanted: int, query: str, similarity: np.ndarr
     return Search(query=query, picture=found, hits=hits, rank=right.index(True) + 1, of=len(pairs))
 
 
-def drawings(m: M6, corpus: Corpus, split: str, features: np.ndarray) -> dict[str, Any]:
-    """Drawings of held-out and of some trained words, given the corpus' `pooled_features`: fields of `Samples`.
+def drawings(m: M6, corpus: Corpus, split: str, folder: Path) -> dict[str, Any]:
+    """Drawings of held-out and of some trained words, given the image tokenizer's folder: fields of `Samples`.
 
-    Likeness is the cosine of what the corpus' frozen network sees, each feature standardised. What it is without
-    copying, and of a copy, is told by held-out and by training pictures that passed through the same image tokenizer.
+    Beside each the training picture that is nearest. How near a copy is, and what was not copied, is told by training
+    and by held-out pictures that were drawn from their own codes. Raises UserError for a tokenizer that is not whole.
     """
-    nearest = Nearest(corpus, features)
+    nearest = Nearest(corpus, folder)
     held_out, trained = (quality.picture_rows(corpus, one) for one in (split, "train"))
     chosen = [(held_out[n], False) for n in some(DRAWINGS - OF_TRAINING, len(held_out), "draw")]
     chosen += [(trained[n], True) for n in some(OF_TRAINING, len(trained), "draw")]
@@ -120,7 +119,7 @@ def drawings(m: M6, corpus: Corpus, split: str, features: np.ndarray) -> dict[st
     for row, is_trained in chosen:
         words = corpus.picture(row).zh
         [picture] = m.draw(words, Hand(pictures=1, tries=TRIES))
-        [(place, likeness)] = nearest([picture])
+        [(place, distance)] = nearest([picture])
         twin = corpus.picture(place)
         drawing = Drawing(
             words=words,
@@ -128,41 +127,47 @@ def drawings(m: M6, corpus: Corpus, split: str, features: np.ndarray) -> dict[st
             picture=picture_uri(picture),
             nearest=picture_uri(twin.pil()),
             nearest_words=twin.zh,
-            likeness=likeness,
+            distance=distance,
         )
         found.append(drawing)
-    scale = {}
-    for kind, rows in (("held_out", held_out), ("trained", trained)):
-        pictures = [corpus.picture(rows[n]).pil() for n in some(ASKED, len(rows), "likeness")]
-        scale[f"likeness_{kind}"] = float(np.median([likeness for _, likeness in nearest(given_back(m, pictures))]))
-    return {"drawings": found, **scale}
-
-
-@torch.inference_mode()
-def given_back(m: M6, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """Pictures as codes and back, by the run's image tokenizer."""
-    assert m.recipe and m.recipe.image_tokenizer
-    painter = load_image_tokenizer(Path(m.recipe.image_tokenizer))
-    squares = [augmented(picture, 0, square_side=painter.config.side) for picture in pictures]
-    pixels = torch.from_numpy(np.stack([as_array(square) for square in squares]))
-    return [as_picture(picture) for picture in painter.decode(painter.encode(pixels))]
+    usual = {}
+    for kind, rows in (("held_out", held_out), ("copied", trained)):
+        again = nearest.drawn([rows[n] for n in some(ASKED, len(rows), "distance")])
+        usual[f"distance_{kind}"] = float(np.median([distance for _, distance in nearest(again)]))
+    return {"drawings": found, **usual}
 
 
 class Nearest:
-    """Finds the training picture that is most like another."""
+    """Finds the training picture, of all its views, that is nearest to another one in an image tokenizer's own space.
 
-    def __init__(self, corpus: Corpus, features: np.ndarray):
-        """`features`: the corpus' `pooled_features`."""
-        self.see = PooledFeatures(corpus.feature_network)
+    That space has a copy far nearer than what is not copied; a frozen network's features, which tell what a picture
+    shows, do not, since they see the tokenizer's blur (`docs/LOG.md`).
+    """
+
+    def __init__(self, corpus: Corpus, folder: Path):
+        """`folder`: of the image tokenizer. Raises UserError if it is not whole, or of another corpus."""
+        self.painter, self.codes = load_image_tokenizer(folder), load_image_codes(folder, corpus)
         self.rows = corpus.picture_rows("train")
-        self.mean_D, self.deviation_D = features[self.rows].mean(0), features[self.rows].std(0) + 1e-6
-        self.vectors_ND = self._unit(features[self.rows])
+        self.vectors_ND = self._vectors(_int64(self.codes[self.rows]).flatten(0, 1))
 
+    @torch.inference_mode()
     def __call__(self, pictures: Sequence[Image.Image]) -> list[tuple[int, float]]:
-        """The row of each picture's nearest, and the cosine with it."""
-        cosines_XN = self._unit(self.see(pictures)) @ self.vectors_ND.T
-        return [(int(self.rows[cosines_N.argmax()]), float(cosines_N.max())) for cosines_N in cosines_XN]
+        """The row of each picture's nearest, and the distance: root mean square over the quantised channels."""
+        squares = [augmented(picture, 0, square_side=self.painter.config.side) for picture in pictures]
+        codes = self.painter.encode(torch.from_numpy(np.stack([as_array(square) for square in squares])))
+        nearest = (torch.cdist(self._vectors(codes), self.vectors_ND) / self.vectors_ND.shape[1] ** 0.5).min(1)
+        views = self.codes.shape[1]
+        rows = [int(self.rows[place // views]) for place in nearest.indices.tolist()]
+        return list(zip(rows, nearest.values.tolist(), strict=True))
 
-    def _unit(self, features_XD: np.ndarray) -> np.ndarray:
-        standard_XD = (features_XD - self.mean_D) / self.deviation_D
-        return standard_XD / np.maximum(np.linalg.norm(standard_XD, axis=1, keepdims=True), 1e-9)
+    def drawn(self, rows: Sequence[int]) -> list[Image.Image]:
+        """The corpus' pictures of these rows, drawn from their codes."""
+        return [as_picture(picture) for picture in self.painter.decode(_int64(self.codes[rows, 0]))]
+
+    def _vectors(self, codes_BP: torch.Tensor) -> torch.Tensor:
+        grid = self.painter.config.grid
+        return self.painter.quantise.vectors(codes_BP.view(-1, grid, grid)).flatten(1)
+
+
+def _int64(codes: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(codes.astype(np.int64))

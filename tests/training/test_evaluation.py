@@ -55,10 +55,10 @@ def make_samples(words: str = "红色的球") -> Samples:
         counts={"caption": (26, 421)},
         searches=[Search(query=words, picture=picture, hits=[hit], rank=2, of=421)],
         drawings=[
-            Drawing(words=words, trained=False, picture=picture, nearest=picture, nearest_words=words, likeness=0.912)
+            Drawing(words=words, trained=False, picture=picture, nearest=picture, nearest_words=words, distance=0.312)
         ],
-        likeness_held_out=0.61,
-        likeness_trained=0.88,
+        distance_held_out=0.61,
+        distance_copied=0.12,
     )
 
 
@@ -76,8 +76,8 @@ def check(page: Page, source: str) -> None:
     assert "26 of 421 exactly right" in page.text and page.text.count("✓ right") == 1
     assert (
         "found at 2" in page.text
-        and "nearest, 0.91" in page.text
-        and "by 0.61 if they are held out, and by 0.88" in page.text
+        and "nearest, 0.31" in page.text
+        and "are 0.61 from their nearest, and copies of training pictures 0.12" in page.text
     )
     assert len(page.addresses) == 6 and all(one.startswith("data:image/png;base64,") for one in page.addresses)
     assert not re.search(r"url\(|@import|https?:|<script", source)

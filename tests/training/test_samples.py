@@ -4,20 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.training.made_checkpoint import make_checkpoints, make_image_tokenizer, make_recipe
 from training import quality, samples
 from training.data.corpus import Corpus
+from training.data.features import augmented
 from training.data.tasks.ask import KIND
 from training.recipe import TASK_NAMES
-from training.rivals.ridge import pooled_features
 from training.samples import Nearest, some_of_both
 from training.trained import M6
 
 
 @pytest.fixture(scope="module")
-def features(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    return pooled_features(sample_corpus, tmp_path_factory.mktemp("cache"))
+def painter(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_tokenizer(sample_corpus, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize(
@@ -59,27 +60,30 @@ def test_searches_mark_the_right_picture(small_run: M6, sample_corpus: Corpus) -
     assert np.median([one.rank for one in found]) <= 5  # it has learned these
 
 
-def test_a_training_picture_is_its_own_nearest(sample_corpus: Corpus, features: np.ndarray) -> None:
+def test_a_training_picture_is_its_own_nearest(sample_corpus: Corpus, painter: Path) -> None:
     rows = sample_corpus.picture_rows("train")[[3, 20]]
-    found = Nearest(sample_corpus, features)([sample_corpus.picture(int(row)).pil() for row in rows])
-    assert [row for row, _ in found] == rows.tolist()
-    assert [likeness for _, likeness in found] == pytest.approx([1, 1], abs=1e-4)
+    pictures = [sample_corpus.picture(int(row)).pil() for row in rows]
+    mirrored = [augmented(picture, 1, square_side=16) for picture in pictures]  # a view that it was trained on
+    for found in (Nearest(sample_corpus, painter)(pictures), Nearest(sample_corpus, painter)(mirrored)):
+        assert [distance for _, distance in found] == pytest.approx([0, 0], abs=1e-3)
+        same = [sample_corpus.picture(row).zh for row, _ in found]
+        assert same == [sample_corpus.picture(int(row)).zh for row in rows]
+    [(_, distance)] = Nearest(sample_corpus, painter)([Image.effect_noise((16, 16), 200).convert("RGB")])
+    assert distance > 0.05
 
 
 def test_drawings_stand_beside_their_nearest(
-    sample_corpus: Corpus, features: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sample_corpus: Corpus, painter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples, "DRAWINGS", 3)
     monkeypatch.setattr(samples, "OF_TRAINING", 1)
-    painter = make_image_tokenizer(sample_corpus, tmp_path / "tokenizer")
     recipe = make_recipe(sample_corpus).model_copy(
         update={"tasks": dict.fromkeys(TASK_NAMES, 1.0), "image_tokenizer": str(painter)}
     )
     make_checkpoints(tmp_path / "run" / "checkpoints", recipe, sample_corpus, 2)
-    found = samples.drawings(M6.load(tmp_path / "run"), sample_corpus, "test", features)
+    found = samples.drawings(M6.load(tmp_path / "run"), sample_corpus, "test", painter)
     drawings = found["drawings"]
     held_out = {sample_corpus.picture(row).zh for row in quality.picture_rows(sample_corpus, "test")}
     assert [one.words in held_out for one in drawings] == [True, True, False]
     assert [one.trained for one in drawings] == [False, False, True]
-    scale = found["likeness_held_out"], found["likeness_trained"]
-    assert all(-1 <= value <= 1 for value in (*scale, *(one.likeness for one in drawings)))
+    assert min(found["distance_held_out"], found["distance_copied"], *(one.distance for one in drawings)) >= 0
