@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from training.errors import UserError
 from training.files import replace
@@ -103,7 +103,7 @@ def write_evaluation(folder: Path, name: str, figures: Figures, samples: Samples
     replace(folder / SAMPLES, samples.model_dump_json())
     replace(folder / FIGURES, json.dumps(figures, ensure_ascii=False, indent=1))
     path = folder / PAGE
-    replace(path, render("evaluation.html.jinja", name=name, evaluation=Evaluation(figures, samples)))
+    replace(path, render("evaluation.html.jinja", name=name, evaluation=Evaluation.of(figures, samples)))
     return path
 
 
@@ -114,11 +114,9 @@ def read_evaluation(run: Path) -> Evaluation | None:
         return None
     try:
         figures = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
-        found = Evaluation(figures, Samples.model_validate_json((folder / SAMPLES).read_bytes()))
-        assert found.tables and found.heading
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ValidationError, AssertionError):
+        return Evaluation.of(figures, Samples.model_validate_json((folder / SAMPLES).read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{folder}: not an evaluation that this program wrote; run `m6 eval` again") from None
-    return found
 
 
 class Cell(NamedTuple):
@@ -134,18 +132,16 @@ class Table(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    figures: Figures
+    """What a page shows."""
+
+    heading: str
+    tables: list[Table]
     samples: Samples
 
-    @property
-    def heading(self) -> str:
-        figures = self.figures
-        of = f"the {figures['split']} split, which it never trained on" if "split" in figures else "files of one's own"
-        return f"Step {figures['step']:,}, on {of}"
-
-    @property
-    def tables(self) -> list[Table]:
-        return tables(self.figures)
+    @classmethod
+    def of(cls, figures: Figures, samples: Samples) -> Evaluation:
+        on = f"the {figures['split']} split, which it never trained on" if "split" in figures else "files of one's own"
+        return cls(f"Step {figures['step']:,}, on {on}", tables(figures), samples)
 
     def sayings(self, task: str) -> list[Saying]:
         return [saying for saying in self.samples.sayings if saying.task == task]
