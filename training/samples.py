@@ -77,8 +77,9 @@ def questions(m: M6, corpus: Corpus, split: str) -> Counted:
 
 
 def texts(m: M6, corpus: Corpus, split: str, kind: str) -> list[Saying]:
-    """Poems or reviews to prompts of held-out ones."""
-    prompts = [quality.prompted(text) for text in quality.corpus_texts(corpus, split, kind)[:TEXTS]]
+    """Poems or reviews to prompts of held-out ones, which leave half of a row to the text."""
+    prompts = [quality.prompted(text) for text in quality.corpus_texts(corpus, split, kind)]
+    prompts = [prompt for prompt in prompts if len(m.tokenizer.encode(prompt)) <= m.text_positions // 2][:TEXTS]
     written = [m.write(prompt, Style(seed=place)) for place, prompt in enumerate(prompts)]
     return [Saying(task=kind, prompt=prompt, output=text) for prompt, text in zip(prompts, written, strict=True)]
 

@@ -49,6 +49,19 @@ def test_questions_are_of_each_kind(small_run: M6, sample_corpus: Corpus, monkey
     assert 0 < right < of and {one.right for one in sayings} == {True, False}
 
 
+def test_prompts_that_leave_no_room_are_passed_over(
+    small_run: M6, sample_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_run, "write", lambda prompt, style: f"{prompt}{style.seed}")
+    monkeypatch.setattr(small_run, "text_positions", 200)
+    poems = samples.texts(small_run, sample_corpus, "test", "poem")
+    assert len(poems) == samples.TEXTS and all(one.output.startswith(one.prompt) for one in poems)
+    long = [len(small_run.tokenizer.encode(one.prompt)) for one in poems]
+    monkeypatch.setattr(small_run, "text_positions", 2 * min(long))
+    found = samples.texts(small_run, sample_corpus, "test", "poem")
+    assert found and all(2 * len(small_run.tokenizer.encode(one.prompt)) <= 2 * min(long) for one in found)
+
+
 def test_searches_mark_the_right_picture(small_run: M6, sample_corpus: Corpus) -> None:
     rows = quality.picture_rows(sample_corpus, "train")[:20]
     pairs = [quality.pair_of(sample_corpus.picture(row)) for row in rows]
