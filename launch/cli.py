@@ -182,8 +182,32 @@ def ask(words: tuple[str, ...], choices: tuple[str, ...], run: str | None, data:
     use.ask(run, data, Path(words[0]) if len(words) == 2 else None, words[-1], choices)
 
 
+class Example(click.ParamType):
+    """PROMPT => TEXT, as two texts."""
+
+    name = "example"
+
+    def convert(
+        self, value: str | tuple[str, str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        if not isinstance(value, str):
+            return value
+        prompt, _, text = (part.strip() for part in value.partition("=>"))
+        if not (prompt and text):
+            self.fail(f"{value!r} must be 'PROMPT => TEXT'", param, ctx)
+        return prompt, text
+
+
 @m6.command()
 @click.argument("prompt")
+@click.option(
+    "--example",
+    "examples",
+    multiple=True,
+    type=Example(),
+    metavar="'PROMPT => TEXT'",
+    help="Read before the prompt; once for each.",
+)
 @click.option("--tokens", type=click.IntRange(min=1), default=96, show_default=True, help="At the most.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True)
@@ -193,6 +217,7 @@ def ask(words: tuple[str, ...], choices: tuple[str, ...], run: str | None, data:
 @DATA
 def write(
     prompt: str,
+    examples: tuple[tuple[str, str], ...],
     tokens: int,
     temperature: float,
     top_p: float,
@@ -205,7 +230,7 @@ def write(
     from launch import use
     from training.trained import Style
 
-    use.write(run, data, prompt, Style(temperature, top_p, repetition_penalty, tokens, seed))
+    use.write(run, data, prompt, examples, Style(temperature, top_p, repetition_penalty, tokens, seed))
 
 
 @m6.command()
@@ -265,7 +290,10 @@ def search(
 def evaluate(
     pairs: Path | None, texts: Path | None, split: str, target: Path | None, run: str | None, data: Path | None
 ) -> None:
-    """Measure what a run can do: on the corpus' held-out families, or on files of your own."""
+    """Measure what a run can do: on the corpus' held-out families, or on files of your own.
+
+    Figures, samples and a page of both are left in the run's folder, from where `m6 report` takes them.
+    """
     from launch.evaluate import evaluate as measure
 
     measure(run, data, pairs, texts, split, target)

@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from training.charts import nats
 from training.errors import UserError
-from training.report import nats, planned_steps, quarters, write_report
+from training.report import planned_steps, quarters, write_report
 from training.run import FOLDER
 from training.tracking import read_lines
 

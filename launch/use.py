@@ -22,10 +22,15 @@ DRAWN = 256  # pixels of a drawing's file
 
 def load(run: str | None, data: Path | None = None) -> M6:
     """The model of a run, or, None given, of the run that saved last, which is then named. Raises UserError."""
+    return M6.load(chosen(run), data=data)
+
+
+def chosen(run: str | None) -> str:
+    """The run that is meant: if none is named, that which saved last, which is then told. Raises UserError."""
     if run is None:
         run = _newest()
         print(f"using run {run}", file=sys.stderr, flush=True)
-    return M6.load(run, data=data)
+    return run
 
 
 def _newest() -> str:
@@ -51,9 +56,9 @@ def ask(run: str | None, data: Path | None, image: Path | None, question: str, c
     print(load(run, data).ask(question, image, choices))
 
 
-def write(run: str | None, data: Path | None, prompt: str, style: Style) -> None:
+def write(run: str | None, data: Path | None, prompt: str, examples: Sequence[tuple[str, str]], style: Style) -> None:
     """Print a text as it is written."""
-    load(run, data).write(prompt, style, lambda text: print(text, end="", flush=True))
+    load(run, data).write(prompt, style, lambda text: print(text, end="", flush=True), examples)
     print()
 
 

@@ -143,6 +143,10 @@ def three_digits(value: float) -> str:
     return f"{value:#.3g}" if 0.01 <= abs(value) < 99.95 else compact(value)
 
 
+def nats(value: float | None, missing: str = "–") -> str:
+    return missing if value is None else f"{value:.3f}"
+
+
 def strip(relative: list[float], names: list[str]) -> Markup:
     """One row of a heat map, stretched to its container. `relative` is 1 at even load; `names` are tooltips.
 

@@ -26,8 +26,14 @@ from training.data.tasks.contrast import picture_words
 from training.data.tasks.writing import poem_prompt, review_prompt
 from training.errors import UserError
 from training.measures.answers import accuracy
-from training.measures.bootstrap import bootstrap, paired_bootstrap
-from training.measures.captions import caption_scores
+from training.measures.bootstrap import (
+    Interval,
+    bootstrap,
+    bootstrap_score,
+    paired_bootstrap,
+    paired_bootstrap_score,
+)
+from training.measures.captions import caption_scores, chrf_of
 from training.measures.retrieval import Recall, retrieval
 from training.recipe import Recipe, one_line, shown
 from training.rivals.ngram import CharacterNgram
@@ -46,13 +52,14 @@ Tell = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its words. `name` is what it is to be called, `words` what it is to be found by."""
+    """A picture and its words. `name` is what it is to be called, `words` what it is to be found by; `en` may be ""."""
 
     image: Image.Image
     name: str
     words: str
     references: list[str]  # other right captions
     family: str
+    en: str
 
 
 def picture_rows(corpus: Corpus, split: str) -> list[int]:
@@ -62,7 +69,8 @@ def picture_rows(corpus: Corpus, split: str) -> list[int]:
 
 def pair_of(picture: Picture) -> Pair:
     others = [" ".join(picture.tags), picture.en]
-    return Pair(picture.pil(), picture.zh, picture_words(picture), [text for text in others if text], picture.family)
+    references = [text for text in others if text]
+    return Pair(picture.pil(), picture.zh, picture_words(picture), references, picture.family, picture.en)
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -77,7 +85,7 @@ def read_pairs(path: Path) -> list[Pair]:
         except UserError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
         name, english = clean(zh), clean(en or "")
-        pairs.append(Pair(picture, name, name, [english] if english else [], f"{line}"))
+        pairs.append(Pair(picture, name, name, [english] if english else [], f"{line}", english))
     return pairs
 
 
@@ -145,12 +153,12 @@ def measure_retrieval(similarity: np.ndarray, pairs: Sequence[Pair]) -> tuple[Re
 
 def _recall(recall: Recall, pairs: Sequence[Pair]) -> Report:
     families = [pair.family for pair in pairs]
-    figures = {f"r{k}": _interval(recall.hits_Q(k), families) for k in (1, 5, 10)}
+    figures = {f"r{k}": bootstrap(recall.hits_Q(k), families) for k in (1, 5, 10)}
     return {
-        **{name: figure["value"] for name, figure in figures.items()},
+        **{name: figure.value for name, figure in figures.items()},
         "n": recall.n,
         "chance_r10": recall.chance_r10,
-        "intervals": {name: [figure["low"], figure["high"]] for name, figure in figures.items()},
+        "intervals": {name: _ends(figure) for name, figure in figures.items()},
     }
 
 
@@ -175,10 +183,16 @@ def measure_captions(m: M6, pairs: Sequence[Pair]) -> Report:
         "cider": found.cider,
         "n": found.n,
         "intervals": {
-            name: _ends(values, families) for name, values in (("exact", found.exact_N), ("cider", found.cider_N))
+            "exact": _ends(bootstrap(found.exact_N, families)),
+            "chrf": _ends(bootstrap_score(chrf_of, found.chrf_NS, families)),
+            "cider": _ends(bootstrap(found.cider_N, families)),
         },
         "blank_image": {"exact": blank.exact, "chrf": blank.chrf, "cider": blank.cider},
-        "chrf_above_blank": vars(paired_bootstrap(found.chrf_N, blank.chrf_N, families)),
+        "above_blank_image": {
+            "exact": vars(paired_bootstrap(found.exact_N, blank.exact_N, families)),
+            "chrf": vars(paired_bootstrap_score(chrf_of, found.chrf_NS, blank.chrf_NS, families)),
+            "cider": vars(paired_bootstrap(found.cider_N, blank.cider_N, families)),
+        },
         "samples": [[pair.name, text] for pair, text in zip(pairs, said, strict=True)],
     }
 
@@ -200,7 +214,7 @@ def _answers(m: M6, kind: str, questions: Sequence[tuple[Picture, Question]]) ->
     true = [question.answer for _, question in questions]
     plain = kind.startswith("plain")
     found = accuracy(m.answers([(question.text, None if plain else p.pil()) for p, question in questions]), true)
-    interval = _ends(found.right_N, [picture.family for picture, _ in questions])
+    interval = _ends(bootstrap(found.right_N, [picture.family for picture, _ in questions]))
     report = {"accuracy": found.accuracy, "interval": interval, "majority": found.majority, "n": found.n}
     if not plain:
         blank = m.answers([(question.text, BLANK) for _, question in questions])
@@ -252,13 +266,8 @@ def seen_texts(corpus: Corpus, recipe: Recipe, step: int, kind: str) -> list[str
     return [corpus.text(item).text for item in sorted(items & own)]
 
 
-def _ends(values: np.ndarray, families: Sequence[str]) -> list[float]:
-    interval = bootstrap(values, families)
+def _ends(interval: Interval) -> list[float]:
     return [interval.low, interval.high]
-
-
-def _interval(values: np.ndarray, families: Sequence[str]) -> Report:
-    return vars(bootstrap(values, families))
 
 
 def finite(report: Any) -> Any:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from training.charts import Figure, Series, bins, compact, strip, three_digits
+from training.charts import Figure, Series, bins, compact, nats, strip
 from training.errors import UserError
+from training.evaluation import read_evaluation
+from training.pages import render
 from training.recipe import read_mapping
 from training.run import RECIPE
 from training.tracking import DROPPED, Record, Sample, duration, fact, read_json, read_lines
@@ -62,7 +63,7 @@ class LayerLoad(NamedTuple):
 def write_report(run: Path) -> Path:
     """Write `report/index.html` of a run's folder and return its path. Parts that the run lacks are left out.
 
-    Raises UserError where there is nothing to report.
+    What `m6 eval` left there is laid out, too. Raises UserError where there is nothing to report.
     """
     lines = read_lines(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
@@ -70,11 +71,13 @@ def write_report(run: Path) -> Path:
         raise UserError(f"{run}: no steps in metrics.jsonl, so there is nothing to report; train first")
     facts = read_json(run / "run.json", {}).get("facts", {})
     recipe = run / RECIPE
-    page = _template().render(
+    page = render(
+        "report.html.jinja",
         name=run.resolve().name,
         facts=[(label(key), fact(key, value)) for key, value in facts.items()],
         tiles=tiles(steps, facts),
         quarters=quarters(lines, planned_steps(run)),
+        evaluation=read_evaluation(run),
         learning=learning_figures(steps, lines),
         experts=expert_figures(steps),
         load=expert_load(read_json(run / "routing.json", None)),
@@ -90,22 +93,9 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _template() -> Any:
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"three_digits": three_digits, "nats": nats}
-    return environment.get_template("report.html.jinja")
-
-
 def label(key: str) -> str:
     """A flat key as a person would write it: rows/caption -> rows, caption."""
     return key.replace("_", " ").replace("/", ", ")
-
-
-def nats(value: float | None, missing: str = "–") -> str:
-    return missing if value is None else f"{value:.3f}"
 
 
 def planned_steps(run: Path) -> int:

@@ -73,6 +73,13 @@ def checkpoints_of(run: str | Path) -> Path:
     return folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
 
 
+def home_of(run: str | Path) -> Path:
+    """The folder of a run that is meant by its name, by itself or by one of its checkpoints; an export's is its own."""
+    folder = FOLDER / run if (FOLDER / run).is_dir() else Path(run)
+    nearby = (folder.absolute(), folder.absolute().parent)
+    return next((place.parent for place in nearby if place.name == CHECKPOINTS), folder)
+
+
 def chosen_checkpoints(place: Path, step: int | None = None) -> list[Path]:
     """The checkpoints that are meant, by steps, in a folder of `checkpoints_of`. Raises UserError if there is none."""
     if checkpoint_files.NAME.fullmatch(place.absolute().name):

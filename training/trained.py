@@ -191,13 +191,22 @@ class M6:
 
     # ---- words
 
-    def write(self, prompt: str, style: Style | None = None, tell: Callable[[str], object] | None = None) -> str:
+    def write(
+        self,
+        prompt: str,
+        style: Style | None = None,
+        tell: Callable[[str], object] | None = None,
+        examples: Sequence[tuple[str, str]] = (),
+    ) -> str:
         """A text for a prompt, such as 写一首诗。题目：春晓。作者：孟浩然。
 
-        `tell` is handed each piece of it as it is written.
+        `tell` is handed each piece of it as it is written. `examples` of (prompt, text) are read before the prompt, in
+        the source (few-shot prompting). Raises UserError for what is empty or longer than the model's rows.
         """
         style = style or Style()
-        row = self._question(prompt, None)
+        before = [self._cleaned(part) for example in examples for part in example]
+        what = "the prompt with its examples" if examples else "the prompt"
+        row = Row(self._prompt("\n".join([*before, self._cleaned(prompt)]), what=what), [self.tokenizer.eos_id])
         settings = self._settings(
             min(style.tokens, self.shape.max_positions - len(row.source)),
             temperature=style.temperature,
@@ -311,12 +320,12 @@ class M6:
     def _question(self, text: str, image: Picture | None, fine: bool = False) -> Row:
         return Row(self._prompt(text, fine), [self.tokenizer.eos_id], None if image is None else self._picture(image))
 
-    def _prompt(self, text: str, fine: bool = False) -> list[int]:
+    def _prompt(self, text: str, fine: bool = False, what: str = "the text") -> list[int]:
         cleaned = self._cleaned(text)
         tokens = self.tokenizer.encode_finely(cleaned) if fine else self.tokenizer.encode(cleaned)
         if len(tokens) >= self.text_positions:
             raise UserError(
-                f"the text has {len(tokens)} tokens, and the model was trained on rows of {self.text_positions} with "
+                f"{what} has {len(tokens)} tokens, and the model was trained on rows of {self.text_positions} with "
                 "the answer: shorten it"
             )
         return tokens

@@ -14,6 +14,7 @@ from tests.training.made_checkpoint import make_checkpoints, make_recipe
 from tests.training.small_run import write_pictures
 from training.data.corpus import Corpus
 from training.errors import UserError
+from training.evaluation import Samples
 from training.recipe import TASK_NAMES
 
 QUESTION = "属于哪一类?"
@@ -75,6 +76,7 @@ def test_questions_are_answered_from_the_choices() -> None:
 def test_writing_streams_and_repeats() -> None:
     arguments = ("write", "写一首诗。", "--tokens", "12", "--run", "first")
     assert run(*arguments).stdout == run(*arguments).stdout != run(*arguments, "--seed", "5").stdout
+    assert run(*arguments, "--example", "写诗 => 春眠\n不觉晓").stdout != run(*arguments).stdout
 
 
 def test_search_keeps_its_index_and_draws_a_sheet(home: Path) -> None:
@@ -97,7 +99,10 @@ def test_an_index_that_cannot_be_kept_is_no_failure(home: Path) -> None:
     (home / "runs" / ".indexes").unlink()
 
 
-def test_evaluation_of_the_corpus_stands_beside_its_rivals(home: Path, sample_corpus: Corpus) -> None:
+def test_evaluation_of_the_corpus_stands_beside_its_rivals(
+    home: Path, sample_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.samples.TEXTS", 1)
     for split in ("validation", "test"):
         done = run("eval", "--run", "first", "--split", split, "--json", "out.json")
         report = json.loads((home / "out.json").read_text())
@@ -110,6 +115,12 @@ def test_evaluation_of_the_corpus_stands_beside_its_rivals(home: Path, sample_co
             assert texts["unprompted"]["n"] == len(sample_corpus.text_rows(split, kind))
             assert texts["unprompted"]["bits_per_character"] > texts["5-gram, all training text"]["bits_per_character"]
         assert all(title in done.stdout for title in ("Finding", "Naming", "Answering", "Writing"))
+        left = home / "runs" / "first" / "evaluation"
+        assert json.loads((left / "figures.json").read_text()) == report
+        shown = Samples.model_validate_json((left / "samples.json").read_bytes())
+        assert shown.searches and {one.task for one in shown.sayings} == {"caption", "ask", "poem", "review"}
+        assert not shown.drawings  # for want of an image tokenizer
+        assert done.stdout.endswith(f"page: {left / 'index.html'}\n") and (left / "index.html").is_file()
 
 
 def test_evaluation_of_a_strangers_files(home: Path) -> None:
@@ -120,6 +131,7 @@ def test_evaluation_of_a_strangers_files(home: Path) -> None:
     report = json.loads((home / "out.json").read_text())
     assert report["retrieval"]["text_to_image"]["n"] == 6 and report["caption"]["n"] == 6
     assert report["text"]["bits_per_character"] > 0 and "text_poem" not in report
+    assert "图0" in (home / "runs" / "first" / "evaluation-of-files" / "index.html").read_text()
 
 
 def test_what_cannot_be_is_refused_before_a_model_is_loaded() -> None:
@@ -127,6 +139,8 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded() -> None:
         (("ask", "a", "b", "c"), "more than an IMAGE and a QUESTION"),
         (("draw", "x", "--pictures", "5", "--tries", "4"), "cannot be more than --tries 4"),
         (("write", "x", "--seed", "-1"), "-1 is not in the range"),
+        (("write", "x", "--example", "写诗 春眠"), "must be 'PROMPT => TEXT'"),
+        (("write", "x", "--example", "写诗 => "), "must be 'PROMPT => TEXT'"),
     ):
         with pytest.raises(UsageError, match=message):
             run(*arguments)

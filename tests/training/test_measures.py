@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sacrebleu.metrics import CHRF
 
 from training.measures.answers import accuracy
-from training.measures.bootstrap import bootstrap, paired_bootstrap
-from training.measures.captions import caption_scores, cider_d
+from training.measures.bootstrap import bootstrap, bootstrap_score, paired_bootstrap, paired_bootstrap_score
+from training.measures.captions import caption_scores, chrf_of, cider_d
 from training.measures.images import kid, psnr, ssim
 from training.measures.retrieval import retrieval
 
@@ -149,7 +150,7 @@ def test_caption_scores_over_several_references():
     scores = caption_scores(["戒指", "squirrel", "鱼"], references)
     # Exact match is with the label alone; chrF takes the reference that fits best.
     assert scores.exact_N.tolist() == [1, 0, 0] and scores.exact == pytest.approx(1 / 3)
-    assert scores.chrf_N.tolist() == pytest.approx([100, 100, 0])
+    assert chrf_of(scores.chrf_NS).tolist() == pytest.approx([100, 100, 0])
     assert 0 < scores.chrf < 100 and scores.n == 3
     assert scores.cider == pytest.approx(scores.cider_N.mean())
     perfect = caption_scores([of[0] for of in references], references)
@@ -164,6 +165,17 @@ def test_chrf_by_hand():
     # 戒指 against 戒子: one of two characters, no bigram; orders 1 and 2 count, longer ones do not exist.
     scores = caption_scores(["戒指"], [["戒子"]])
     assert scores.chrf == pytest.approx(100 * (0.5 + 0) / 2)
+
+
+@LAW
+@given(st.lists(st.tuples(words | st.just(""), st.lists(words, min_size=1, max_size=3)), min_size=1, max_size=6))
+def test_chrf_is_that_of_sacrebleu(pairs):
+    said, references = [caption for caption, _ in pairs], [of for _, of in pairs]
+    found = caption_scores(said, references)
+    streams = [[of[i] if i < len(of) else None for of in references] for i in range(3)]
+    assert found.chrf == pytest.approx(CHRF().corpus_score(said, streams).score, abs=1e-9)
+    each = [CHRF().sentence_score(caption, of).score for caption, of in pairs]
+    assert chrf_of(found.chrf_NS).tolist() == pytest.approx(each, abs=1e-9)
 
 
 def test_several_references_of_one_picture_make_an_ngram_no_commoner():
@@ -212,6 +224,15 @@ def test_weighted_mean_is_bits_over_characters():
     assert (interval.value, interval.low, interval.high) == (4.0, 2.0, 6.0)
 
 
+def test_a_score_of_sums_is_scored_after_resampling():
+    # Of two families one is drawn twice, or each once: the root of 9 + 9, 9 + 16 or 16 + 16.
+    interval = bootstrap_score(lambda sums: np.sqrt(sums[..., 0]), np.array([[9.0], [16.0]]), ["a", "b"])
+    assert (interval.value, interval.low, interval.high) == (5.0, np.sqrt(18), np.sqrt(32))
+    first, second = np.array([[4.0], [9.0]]), np.array([[0.0], [0.0]])
+    paired = paired_bootstrap_score(lambda sums: sums[..., 0], first, second, ["a", "b"])
+    assert (paired.difference, paired.low, paired.high, paired.not_better) == (13.0, 8.0, 18.0, 0.0)
+
+
 def test_paired_systems_share_their_resamples():
     """Two systems that differ by a constant differ by it in every resample, however much both vary."""
     values = np.random.default_rng(0).random(40)
@@ -240,7 +261,7 @@ def test_seeds_repeat_and_chunks_do_not_matter(monkeypatch):
 def test_what_cannot_be_resampled_is_refused():
     with pytest.raises(ValueError, match="0 queries"):
         bootstrap(np.array([]), [])
-    with pytest.raises(ValueError, match=r"\[2, 1\] values of 2 queries"):
+    with pytest.raises(ValueError, match="1 values, 2 weights of 2 queries"):
         paired_bootstrap(np.ones(2), np.ones(1), ["a", "b"])
     with pytest.raises(ValueError, match="weight"):
         bootstrap(np.ones(2), ["a", "b"], np.array([1, 0]))

@@ -55,7 +55,9 @@ def test_names_are_scored_beside_those_of_a_blank_picture(
     monkeypatch.setattr(m, "captions", lambda images: [names.get(image.tobytes(), "东西") for image in images])
     found = quality.measure_captions(m, pairs)
     assert found["exact"] == 1 and found["chrf"] == pytest.approx(100) and found["n"] == 20
-    assert found["blank_image"]["exact"] == 0 and found["chrf_above_blank"]["low"] > 50
+    assert found["intervals"]["chrf"] == pytest.approx([100, 100])
+    above = found["above_blank_image"]
+    assert found["blank_image"]["exact"] == 0 and above["chrf"]["low"] > 50 and above["exact"]["difference"] == 1
 
 
 def test_questions_are_scored_by_kind(m: M6, sample_corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 from training import run
 from training.errors import UserError
 from training.recipe import parse_recipe
-from training.run import lock_run, open_run, read_settings, record_settings, tell_changes
+from training.run import home_of, lock_run, open_run, read_settings, record_settings, tell_changes
 
 RECIPE = {"model": "m6-tiny", "steps": 10, "global_batch": 32, "tasks": {"caption": 1, "poem": 2}}
 
@@ -203,3 +203,15 @@ def test_what_a_run_leaves_that_was_killed_as_it_started_is_no_run(root):
     (root / "killed" / "notes.txt").touch()
     with pytest.raises(UserError, match="killed exists: choose another"):
         open_run("killed", recipe(), resume=False, root=root)
+
+
+def test_what_belongs_to_a_run_is_kept_in_its_folder(root, monkeypatch):
+    home = root / "first"
+    (home / "checkpoints" / "step-5").mkdir(parents=True)
+    (home / "exports" / "step-5").mkdir(parents=True)
+    monkeypatch.chdir(root.parent)
+    for named in ("first", home, home / "checkpoints", home / "checkpoints" / "step-5"):
+        assert home_of(named).resolve() == home
+    monkeypatch.chdir(home / "checkpoints")
+    assert home_of("step-5").resolve() == home
+    assert home_of(home / "exports" / "step-5") == home / "exports" / "step-5"

@@ -12,19 +12,14 @@ import torch
 from PIL import Image
 
 from launch.checkpoints import export_run
-from model.config import ImageTokenizerConfig
-from model.image_tokens import ImageTokenizer
-from tests.training.made_checkpoint import first_model, make_checkpoints, make_recipe, same_values
+from tests.training.made_checkpoint import first_model, make_checkpoints, make_image_tokenizer, make_recipe, same_values
 from training import M6
 from training.data.corpus import Corpus
 from training.data.images import MAX_PIXELS, read_image, read_picture
 from training.data.order import random_at
 from training.data.tasks import TASKS, Row
 from training.data.tasks.contrast import picture_words
-from training.data.views import FixedViews
 from training.errors import UserError
-from training.image_folder import save_image_tokenizer
-from training.image_recipe import ImageTokenizerRecipe
 from training.recipe import TASK_NAMES, Recipe
 from training.trained import Hand, Style
 
@@ -124,6 +119,20 @@ def test_writing_streams_what_it_returns_and_can_be_repeated(m: M6) -> None:
     assert m.write(PROMPT, Style(tokens=10_000))  # to the model's last position
 
 
+def test_examples_are_read_before_the_prompt(m: M6, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[list[int]] = []
+    batch_of = m.batch_of
+    monkeypatch.setattr(m, "batch_of", lambda rows, width: sources.append(rows[0].source) or batch_of(rows, width))
+    style = Style(tokens=8, temperature=0)
+    m.write("写诗。题目：月。", style, examples=[("写诗。题目：山。", "青山\n 绿水"), ("写诗。题目：水。", "流水")])
+    joined = "写诗。题目：山。\n青山\n绿水\n写诗。题目：水。\n流水\n写诗。题目：月。"
+    assert sources == [m.tokenizer.encode(joined)]
+    with pytest.raises(UserError, match=r"the prompt with its examples has \d+ tokens, and the model"):
+        m.write("写诗。", style, examples=[("写诗。", "青山绿水" * 9)] * 9)
+    with pytest.raises(UserError, match="the text is empty"):
+        m.write("写诗。", style, examples=[("写诗。", " ")])
+
+
 def test_vectors_do_not_depend_on_their_company(m: M6, pictures: list[Image.Image]) -> None:
     images, texts = m.embed_images(pictures), m.embed_texts(["红", "小蓝色圆环 图形"] * 20)
     assert images.shape == texts.shape == (40, m.shape.hidden)
@@ -187,15 +196,7 @@ def test_long_texts_are_read_in_stretches(m: M6) -> None:
 
 @pytest.fixture(scope="module")
 def painter(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an image tokenizer with first weights: 16 codes of 200 a picture."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    shape = ImageTokenizerConfig(side=16, patch=4, widths=(8,), levels=(8, 5, 5))
-    recipe = ImageTokenizerRecipe(model=shape, steps=1, batch=1)
-    model = ImageTokenizer(shape, seed=1)
-    views = torch.stack([view for view in FixedViews(sample_corpus, range(len(sample_corpus.pictures)), 16)])
-    codes = model.encode(views).view(-1, 4, 16).numpy().astype(np.uint16)
-    save_image_tokenizer(folder, model, codes, recipe, sample_corpus, None, {})
-    return folder
+    return make_image_tokenizer(sample_corpus, tmp_path_factory.mktemp("tokenizer"))
 
 
 def draws(corpus: Corpus, painter: Path | None, home: Path) -> M6:

@@ -25,7 +25,7 @@ Vector = dict[str, float]
 class CaptionScores:
     """Of `n` pictures: exact 0 to 1, chrF 0 to 100 of the corpus, CIDEr-D 0 to 10; and each picture's own.
 
-    A corpus' chrF is not the mean of its pictures'.
+    A corpus' chrF is not the mean of its pictures': `chrf_NS` is what each adds to the counts that `chrf_of` scores.
     """
 
     exact: float
@@ -33,7 +33,7 @@ class CaptionScores:
     cider: float
     n: int
     exact_N: np.ndarray
-    chrf_N: np.ndarray
+    chrf_NS: np.ndarray
     cider_N: np.ndarray
 
 
@@ -45,19 +45,39 @@ def caption_scores(said: Sequence[str], references: Sequence[Sequence[str]]) -> 
     if not said or len(said) != len(references) or not all(of and all(of) for of in references):
         raise ValueError(f"{len(said)} captions of {len(references)} pictures, each of which needs references")
     exact_N = np.array([caption == label for caption, (label, *_) in zip(said, references, strict=True)], float)
-    chrf, chrf_N = _chrf(said, references)
+    chrf_NS = _chrf_counts(said, references)
     cider_N = cider_d(said, references)
-    return CaptionScores(float(exact_N.mean()), chrf, float(cider_N.mean()), len(said), exact_N, chrf_N, cider_N)
+    return CaptionScores(
+        float(exact_N.mean()),
+        float(chrf_of(chrf_NS.sum(0))),
+        float(cider_N.mean()),
+        len(said),
+        exact_N,
+        chrf_NS,
+        cider_N,
+    )
 
 
-def _chrf(said: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, np.ndarray]:
-    """chrF2 of character n-grams up to 6 (Popovic 2015), of the corpus and of each caption."""
-    metric = CHRF()
+def chrf_of(counts_S: np.ndarray) -> np.ndarray:
+    """chrF2 of character n-grams up to 6 (Popovic 2015), from 0 to 100, as sacrebleu has it.
+
+    [..., 18] counts -> [...]: of each order the n-grams of the captions, of the references, and those in both. An order
+    that one of the sides lacks does not count.
+    """
+    said, true, both = np.moveaxis(counts_S.reshape(*counts_S.shape[:-1], CHRF.CHAR_ORDER, 3), -1, 0)
+    known = (said > 0) & (true > 0)
+    orders = np.maximum(known.sum(-1), 1)
+    precision, recall = ((both / np.maximum(of, 1) * known).sum(-1) / orders for of in (said, true))
+    weighted = CHRF.BETA**2 * precision + recall
+    return 100 * (1 + CHRF.BETA**2) * precision * recall / np.where(weighted > 0, weighted, 1)
+
+
+def _chrf_counts(said: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """float64 [pictures, 18]: of each caption, beside the reference that is closest to it."""
     most = max(map(len, references))
     # None where a picture has fewer references than others, which sacrebleu takes though its types do not say so.
     streams: list[list[Any]] = [[of[i] if i < len(of) else None for of in references] for i in range(most)]
-    each = [metric.sentence_score(caption, list(of)).score for caption, of in zip(said, references, strict=True)]
-    return metric.corpus_score(list(said), streams).score, np.array(each)
+    return np.array(CHRF()._extract_corpus_statistics(list(said), streams), float)
 
 
 def cider_d(said: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
