@@ -5,14 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from model.config import ImageTokenizerConfig
+from model.image_tokens import ImageTokenizer
 from model.m6 import M6
 from tests.model.samples import randomise_biases
 from training.checkpoint import Saver
 from training.checkpoint_files import Retention
 from training.data.corpus import Corpus
+from training.data.views import FixedViews
+from training.image_folder import save_image_tokenizer
+from training.image_recipe import ImageTokenizerRecipe
 from training.recipe import Recipe
 from training.states import Part
 
@@ -61,6 +67,15 @@ def alone(folder: Path) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         (folder / ".store").unlink(missing_ok=True)
+
+
+def make_painter(folder: Path, corpus: Corpus) -> None:
+    """An image tokenizer with first weights, and the corpus' codes: 16 of 200 a picture of 16 px."""
+    shape = ImageTokenizerConfig(side=16, patch=4, widths=(8,), levels=(8, 5, 5))
+    model = ImageTokenizer(shape, seed=1)
+    views = torch.stack([view for view in FixedViews(corpus, range(len(corpus.pictures)), 16)])
+    codes = model.encode(views).view(-1, 4, 16).numpy().astype(np.uint16)
+    save_image_tokenizer(folder, model, codes, ImageTokenizerRecipe(model=shape, steps=1, batch=1), corpus, None, {})
 
 
 def same_values(left: M6, right: M6) -> bool:
