@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -269,16 +269,22 @@ class M6:
     def draw(self, text: str, hand: Hand | None = None, reference: Picture | None = None) -> list[Image.Image]:
         """Pictures for a text, that which the model itself finds to match best first. Raises UserError.
 
-        By the first stage (task `draw`), one code after another; with `hand.steps`, `hand.size` or a `reference`, whose
-        like is drawn, by the second (task `inpaint`; see `edit` for the order). A larger picture than those of training
-        is drawn window by window, each of which sees no farther than itself.
+        By the first stage (task `draw`), one code after another; by the second (task `inpaint`; see `edit` for the order)
+        with `hand.steps`, a `reference`, whose like is drawn, or without the first. With a `hand.size` the drafts that
+        this gives are enlarged, which takes task `inpaint`.
         """
         hand = hand or Hand()
-        if hand.steps is None and hand.size is None and reference is None:
+        if hand.size is not None:
+            painter = self._painter("inpaint")
+            side = _cells(painter, hand.size)
+            drafts = self.draw(text, replace(hand, size=None), reference)
+            return [self._enlarged(painter, draft, side, hand) for draft in drafts]
+        second = self._learned("inpaint") and not self._learned("draw")
+        if hand.steps is None and reference is None and not second:
             return self._draw_in_order(text, hand)
         painter = self._painter("inpaint")
-        side = _cells(painter, hand.size)
-        return self._paint(painter, torch.full((side, side), self.tokenizer.mask_id), text, reference, hand)
+        blank_hw = torch.full((painter.config.grid, painter.config.grid), self.tokenizer.mask_id)
+        return self._paint(painter, blank_hw, text, reference, hand)
 
     def edit(
         self,
@@ -305,10 +311,22 @@ class M6:
         within = region_of(original.size, region if isinstance(region, tuple) else self._whole(region, read_image))
         cell = painter.config.cell
         canvas = Canvas(original, _cells(painter, hand.size) * cell, cell)
-        hidden_hw = torch.from_numpy(canvas.cells(within))
-        codes_hw = painter.encode(torch.from_numpy(canvas.pixels())[None]).view(hidden_hw.shape)
-        grid_hw = (codes_hw + self.shape.text_vocab).masked_fill(hidden_hw, self.tokenizer.mask_id)
+        grid_hw = self._masked(painter, canvas, torch.from_numpy(canvas.cells(within)))
         return [canvas.redrawn(square, within) for square in self._paint(painter, grid_hw, text, reference, hand)]
+
+    def _enlarged(self, painter: ImageTokenizer, draft: Image.Image, side: int, hand: Hand) -> Image.Image:
+        """A draft at side x side codes: every second code of every second row is that of the draft, scaled up; the
+        others are drawn window by window. Without words, which are of the whole and not of what a window shows.
+        """
+        canvas = Canvas(draft, side * painter.config.cell, painter.config.cell)
+        hidden_hw = torch.ones(side, side, dtype=torch.bool)
+        hidden_hw[::2, ::2] = False
+        return self._paint(painter, self._masked(painter, canvas, hidden_hw), "", None, replace(hand, tries=1))[0]
+
+    def _masked(self, painter: ImageTokenizer, canvas: Canvas, hidden_hw: Tensor) -> Tensor:
+        """The codes of a canvas, as entries of the vocabulary, with masks where they are to be drawn."""
+        codes_hw = painter.encode(torch.from_numpy(canvas.pixels())[None]).view(hidden_hw.shape)
+        return (codes_hw + self.shape.text_vocab).masked_fill(hidden_hw, self.tokenizer.mask_id)
 
     def _draw_in_order(self, text: str, hand: Hand) -> list[Image.Image]:
         painter = self._painter("draw")
