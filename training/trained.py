@@ -269,16 +269,17 @@ class M6:
     def draw(self, text: str, hand: Hand | None = None, reference: Picture | None = None) -> list[Image.Image]:
         """Pictures for a text, that which the model itself finds to match best first. Raises UserError.
 
-        By the first stage (task `draw`), one code after another; by the second (task `inpaint`; see `edit` for the order)
-        with `hand.steps`, a `reference`, whose like is drawn, or without the first. With a `hand.size` the drafts that
-        this gives are enlarged, which takes task `inpaint`.
+        By the first stage (task `draw`), one code after another. By the second (task `inpaint`; the order is that of
+        `edit`) with `hand.steps`, with a `reference`, whose like is drawn, or without the first. With a `hand.size` the
+        drafts that this gives are enlarged, which takes task `inpaint`.
         """
         hand = hand or Hand()
         if hand.size is not None:
             painter = self._painter("inpaint")
             side = _cells(painter, hand.size)
             drafts = self.draw(text, replace(hand, size=None), reference)
-            return [self._enlarged(painter, draft, side, hand) for draft in drafts]
+            as_trained = side == painter.config.grid
+            return drafts if as_trained else [self._enlarged(painter, draft, side, hand) for draft in drafts]
         second = self._learned("inpaint") and not self._learned("draw")
         if hand.steps is None and reference is None and not second:
             return self._draw_in_order(text, hand)
