@@ -24,7 +24,7 @@ from model.contrast import embed
 from model.decoding import Decoding, generate, score
 from model.image_tokens import ImageTokenizer
 from model.m6 import M6 as Network
-from model.mask_predict import MaskPredict, fill_grid
+from model.mask_predict import Filled, MaskPredict, fill_grid
 from model.trie import Trie
 from training.canvas import Canvas, region_of
 from training.data.batches import Batch, Batcher, picture_side, pixel_patches
@@ -350,31 +350,33 @@ class M6:
         self, painter: ImageTokenizer, grid_hw: Tensor, text: str, reference: Picture | None, hand: Hand
     ) -> list[Image.Image]:
         """Squares of a grid whose masks are filled, the best first."""
-        row = self._controlled(painter, text, reference)
+        filled = self._fill(painter, grid_hw, text, reference, hand)
+        codes_BP, shape = filled.tokens.flatten(1) - self.shape.text_vocab, (len(grid_hw), len(grid_hw[0]))
+        # One after the other, since a large one takes as much memory as all that the model does.
+        squares = [as_picture(painter.decode_windowed(codes_P[None], shape)[0]) for codes_P in codes_BP]
+        merits = (filled.score_B / (grid_hw == self.tokenizer.mask_id).sum()).exp().tolist()
+        if text.strip() and self._learned("match"):
+            likely = self.matches([(square, text) for square in squares])
+            merits = [one * other for one, other in zip(merits, likely, strict=True)]
+        return _best(squares, merits, hand.pictures)
+
+    def _fill(
+        self, painter: ImageTokenizer, grid_hw: Tensor, text: str, reference: Picture | None, hand: Hand
+    ) -> Filled:
+        """`hand.tries` grids without masks, guided by what is said and shown, if anything is."""
         guided = bool(text.strip() or reference is not None)
+        batch, twin = (
+            {name: value.repeat_interleave(hand.tries, 0) for name, value in next(self._batches([row])).items()}
+            for row in (self._controlled(painter, text, reference), self._controlled(painter, "", None))
+        )
+        generator = torch.Generator().manual_seed(hand.seed)
         with _told_as_mistake():
             settings = MaskPredict(
                 self._codes(painter), self.tokenizer.mask_id, hand.steps or MaskPredict.steps,
                 temperature=hand.temperature, top_k=hand.top_k, guidance=hand.guidance if guided else 1.0,
             )  # fmt: skip
-        batch, twin = (
-            {name: value.repeat_interleave(hand.tries, 0) for name, value in next(self._batches([one])).items()}
-            for one in (row, self._controlled(painter, "", None))
-        )
-        generator = torch.Generator().manual_seed(hand.seed)
-        grid_Bhw = grid_hw.expand(hand.tries, -1, -1)
-        with _told_as_mistake():
-            filled = fill_grid(
-                self.network, batch, grid_Bhw, painter.config.grid, settings, generator, twin if guided else None
-            )
-        shape = (grid_hw.shape[0], grid_hw.shape[1])
-        codes_BP = filled.tokens.flatten(1) - self.shape.text_vocab
-        squares = [as_picture(painter.decode_windowed(codes_P[None], shape)[0]) for codes_P in codes_BP]
-        likely = (filled.score_B / (grid_hw == self.tokenizer.mask_id).sum()).exp().tolist()
-        if text.strip() and self._learned("match"):
-            matches = self.matches([(square, text) for square in squares])
-            likely = [one * other for one, other in zip(likely, matches, strict=True)]
-        return _best(squares, likely, hand.pictures)
+            grid_Bhw, side = grid_hw.expand(hand.tries, -1, -1), painter.config.grid
+            return fill_grid(self.network, batch, grid_Bhw, side, settings, generator, twin if guided else None)
 
     def _controlled(self, painter: ImageTokenizer, text: str, reference: Picture | None) -> Row:
         """A row of task `inpaint` whose codes are all masked."""
