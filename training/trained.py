@@ -316,12 +316,12 @@ class M6:
         return [canvas.redrawn(square, within) for square in self._paint(painter, grid_hw, text, reference, hand)]
 
     def _enlarged(self, painter: ImageTokenizer, draft: Image.Image, side: int, hand: Hand) -> Image.Image:
-        """A draft at side x side codes: every second code of every second row is that of the draft, scaled up; the
+        """A draft at side x side codes: every second code, as on a chessboard, is that of the draft, scaled up; the
         others are drawn window by window. Without words, which are of the whole and not of what a window shows.
         """
         canvas = Canvas(draft, side * painter.config.cell, painter.config.cell)
-        hidden_hw = torch.ones(side, side, dtype=torch.bool)
-        hidden_hw[::2, ::2] = False
+        place = torch.arange(side)
+        hidden_hw = (place[:, None] + place) % 2 == 1
         return self._paint(painter, self._masked(painter, canvas, hidden_hw), "", None, replace(hand, tries=1))[0]
 
     def _masked(self, painter: ImageTokenizer, canvas: Canvas, hidden_hw: Tensor) -> Tensor:

@@ -312,10 +312,11 @@ def test_drawing_is_saying_the_codes_of_a_view(tasks, drawn_corpus, split):
     assert wordless == (pytest.approx(400 * WORDLESS, abs=20) if split == "train" else 0)
 
 
-def test_drawing_needs_codes_and_room(tasks, sample_corpus):
-    with pytest.raises(UserError, match=r"tasks.draw: needs pictures as codes"):
-        TASKS["draw"](sample_corpus, "train")
-    task = tasks["draw", "train"]
+@pytest.mark.parametrize("name", ["draw", "inpaint"])
+def test_drawing_needs_codes_and_room(tasks, sample_corpus, name):
+    with pytest.raises(UserError, match=rf"tasks\.{name}: needs pictures as codes"):
+        TASKS[name](sample_corpus, "train")
+    task = tasks[name, "train"]
     with pytest.raises(UserError, match="text_positions=16: a drawing takes 16 positions"):
         task.row(int(task.pool[0]), 16, random_at(1, 0))
 
