@@ -1,11 +1,14 @@
 """A picture on its square: cells and px agree, and what is outside a region stays."""
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from training.canvas import Canvas, region_of
+from training.data.features import as_picture
 
 LAW = settings(deadline=None, derandomize=True)
 
@@ -51,6 +54,17 @@ def test_only_the_region_is_redrawn(scene):
     canvas, region = Canvas(Image.new("RGB", size, "red"), 32, 4), region_of(size, box)
     found = canvas.redrawn(Image.new("RGB", (32, 32), "blue"), region)
     assert found.tobytes() == Image.composite(Image.new("RGB", size, "blue"), canvas.picture, region).tobytes()
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (30, 64), (200, 150)])
+def test_what_is_put_back_stands_where_it_was(size):
+    across, down = np.meshgrid(np.linspace(40, 220, size[0]), np.linspace(40, 220, size[1]))
+    picture = Image.fromarray(np.stack([across, down, (across + down) / 2], 2).astype(np.uint8))
+    canvas = Canvas(picture, 64, 8)
+    found = canvas.redrawn(as_picture(torch.from_numpy(canvas.pixels())), region_of(size, (0, 0, *size)))
+    error = np.abs(np.asarray(found, np.int16) - np.asarray(picture))
+    step = 180 / min(size) / canvas.ratio  # of grey, from a px of the square to the next
+    assert error.mean() < step / 2 and error.max() < 2 * step
 
 
 @LAW
