@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -152,6 +152,28 @@ def _without_gpu() -> None:
 
 RUN = click.option("--run", help="A name under runs/, a run's folder or an export's; the run that saved last if none.")
 DATA = click.option("--data", type=PATH, help="The data's home; that of the run's recipe if not given.")
+
+
+class Box(click.ParamType[tuple[int, int, int, int]]):
+    """LEFT,TOP,WIDTH,HEIGHT."""
+
+    name = "box"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int, int, int]:
+        try:
+            left, top, width, height = (int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not four whole numbers: LEFT,TOP,WIDTH,HEIGHT", param, ctx)
+        return left, top, width, height
+
+
+REFERENCE = click.option("--reference", type=PATH, help="A picture whose like is to be drawn.")
+STEPS = click.option("--steps", type=click.IntRange(1, 1024), help="Passes of mask-predict; 10 if it draws.")
+SIZE = click.option(
+    "--size", type=click.IntRange(1, 1024), help="px a side of the square that is coded; the tokenizer's if not given."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -241,6 +263,9 @@ def write(
 @click.option("--guidance", type=click.FloatRange(0, 100), default=3.0, show_default=True, help="What the words weigh.")
 @click.option("--temperature", type=click.FloatRange(0.01, 100), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@REFERENCE
+@STEPS
+@SIZE
 @RUN
 @DATA
 def draw(
@@ -251,16 +276,71 @@ def draw(
     guidance: float,
     temperature: float,
     seed: int,
+    reference: Path | None,
+    steps: int | None,
+    size: int | None,
     run: str | None,
     data: Path | None,
 ) -> None:
-    """Draw pictures for a text; the model itself says which fit best: m6 draw 红色的苹果"""
+    """Draw pictures for a text; the model itself says which fit best: m6 draw 红色的苹果
+
+    One code after another (task draw); with --reference, --steps or --size by mask-predict (task inpaint).
+    """
     if pictures > tries:
         raise click.UsageError(f"--pictures {pictures}: cannot be more than --tries {tries}")
     from launch import use
     from training.trained import Hand
 
-    use.draw(run, data, text, Hand(pictures, tries, guidance, temperature, seed=seed), target)
+    hand = Hand(pictures, tries, guidance, temperature, seed=seed, steps=steps, size=size)
+    use.draw(run, data, text, reference, hand, target)
+
+
+@m6.command()
+@click.argument("image", type=PATH)
+@click.option("--text", default="", help="What the picture shows when it is done.")
+@click.option("--region", type=Box(), help="LEFT,TOP,WIDTH,HEIGHT in px: what is redrawn.")
+@click.option("--mask", type=PATH, help="Or a picture of the same size, white where it is redrawn.")
+@click.option("--to", "target", type=PATH, default="edited.png", show_default=True)
+@click.option("--pictures", type=click.IntRange(1, 64), default=1, show_default=True, help="That are kept.")
+@click.option("--tries", type=click.IntRange(1, 256), default=16, show_default=True, help="Of which the best are kept.")
+@click.option("--guidance", type=click.FloatRange(0, 100), default=3.0, show_default=True, help="What is said weighs.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@REFERENCE
+@STEPS
+@SIZE
+@RUN
+@DATA
+def edit(
+    image: Path,
+    text: str,
+    region: tuple[int, int, int, int] | None,
+    mask: Path | None,
+    target: Path,
+    pictures: int,
+    tries: int,
+    guidance: float,
+    seed: int,
+    reference: Path | None,
+    steps: int | None,
+    size: int | None,
+    run: str | None,
+    data: Path | None,
+) -> None:
+    """Redraw a region of a picture and keep the rest: m6 edit cat.png --text 戴帽子的猫 --region 60,0,80,40
+
+    All px outside the region stay as they are.
+    """
+    if (region is None) == (mask is None):
+        raise click.UsageError("say what is redrawn, by --region or by --mask")
+    if pictures > tries:
+        raise click.UsageError(f"--pictures {pictures}: cannot be more than --tries {tries}")
+    from launch import use
+    from training.trained import Hand
+
+    hand = Hand(pictures, tries, guidance, seed=seed, steps=steps, size=size)
+    within = region or mask
+    assert within is not None
+    use.edit(run, data, image, text, within, reference, hand, target)
 
 
 @m6.command()

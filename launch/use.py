@@ -1,4 +1,4 @@
-"""The verbs that put a trained run to work: caption, ask, write, search."""
+"""The verbs that put a trained run to work: caption, ask, write, draw, edit, search."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.run import CHECKPOINTS, FOLDER
 from training.search import Index, contact_sheet
 from training.trained import M6, Hand, Style
 
-DRAWN = 256  # pixels of a drawing's file
+DRAWN = 256  # px a side of a drawing's file at the least
 
 
 def load(run: str | None, data: Path | None = None) -> M6:
@@ -62,13 +62,35 @@ def write(run: str | None, data: Path | None, prompt: str, examples: Sequence[tu
     print()
 
 
-def draw(run: str | None, data: Path | None, text: str, hand: Hand, target: Path) -> None:
+def draw(run: str | None, data: Path | None, text: str, reference: Path | None, hand: Hand, target: Path) -> None:
     """Draw pictures for a text, write them as one file or as NAME-1, NAME-2 …, best first, and name them."""
-    pictures = load(run, data).draw(text, hand)
+    pictures = load(run, data).draw(text, hand, reference)
+    _write([_at_least(DRAWN, picture) for picture in pictures], target)
+
+
+def edit(
+    run: str | None,
+    data: Path | None,
+    image: Path,
+    text: str,
+    region: tuple[int, int, int, int] | Path,
+    reference: Path | None,
+    hand: Hand,
+    target: Path,
+) -> None:
+    """Redraw a region of a picture, write what came of it as `draw` does, in the picture's own size."""
+    _write(load(run, data).edit(image, text, region, reference, hand), target)
+
+
+def _at_least(side: int, square: Image.Image) -> Image.Image:
+    return square if square.width >= side else square.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _write(pictures: Sequence[Image.Image], target: Path) -> None:
     for place, picture in enumerate(pictures, 1):
         path = target if len(pictures) == 1 else target.with_stem(f"{target.stem}-{place}")
         try:
-            picture.resize((DRAWN, DRAWN), Image.Resampling.BICUBIC).save(path)
+            picture.save(path)
         except (OSError, ValueError) as error:
             raise UserError(f"--to {path}: cannot be written ({error})") from None
         print(path)

@@ -175,7 +175,7 @@ class _Reader:
 
     def begin(self) -> Tensor:
         """Logits [W, V] of the first token."""
-        batch = {name: value.to(self.device) for name, value in _stacked(self.sides).items()}
+        batch = {name: value.to(self.device) for name, value in stacked(self.sides).items()}
         logits, self.cache = self.model.prefill(batch, self.settings.room - 1, self.settings.vocabulary)
         row_W = torch.arange(len(logits) // len(self.sides), device=self.device)
         rows = self._of_all_sides(row_W.repeat_interleave(self.settings.lines))
@@ -202,7 +202,7 @@ class _Reader:
         return torch.lerp(without_WV, given_WV, self.settings.guidance)
 
 
-def _stacked(sides: list[Batch]) -> Batch:
+def stacked(sides: list[Batch]) -> Batch:
     """The rows of all sides as one batch."""
     width = max(side["tokens_BT"].shape[1] for side in sides)
     padded = [side | {"tokens_BT": F.pad(side["tokens_BT"], (0, width - side["tokens_BT"].shape[1]))} for side in sides]

@@ -1,11 +1,11 @@
 """M6: one transformer over `[image patches][source text][target]` (M6, arXiv 2103.00823).
 
 The attention mask alone decides the task: a source position sees all of the source, a target position sees all
-of the source and the targets up to itself; the loss is on the targets. Image codes are further vocabulary
-entries, so drawing is writing.
+of the source and the targets up to itself; the loss is on the targets, and where the source has masks. Image codes are
+further vocabulary entries, so drawing is writing, and repairing a picture is filling in its masked codes.
 
 Shape suffixes: B rows, T text positions, P image patches, N = P + T, R packed positions, D hidden size, C channels of
-a patch, S selected (target) positions, V vocabulary, K columns of a cache, L layers, M modalities, E experts.
+a patch, S positions with a label, V vocabulary, K columns of a cache, L layers, M modalities, E experts.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class M6(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch (see `hidden_states` for its inputs, and labels_BT: the id to predict, or IGNORE).
 
-        With labels_BT: loss_B, the summed cross entropy of each row's targets (nats, fp32); targets_B, their number;
+        With labels_BT: loss_B, the summed cross entropy of each row's labels (nats, fp32); targets_B, their number;
         rows with a contrastive group (group_B, concept_B; see `model.contrast`) have their partner to find, as WORTH
         targets;
         auxiliary, balance and z-loss summed over tokens; counts, routing counts [L, M, 2, E]; tokens, the number of

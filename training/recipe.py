@@ -33,7 +33,19 @@ from training.errors import UserError
 # Said in the ds_config's "m6" block, beside the parallelism that they belong to.
 DS_CONFIG_KEYS = ("capacity", "capacity_factor")
 # Those of training.data.tasks, whose import would take seconds.
-TASK_NAMES = ("ask", "caption", "contrast", "denoise", "draw", "image_denoise", "language", "match", "poem", "review")
+TASK_NAMES = (
+    "ask",
+    "caption",
+    "contrast",
+    "denoise",
+    "draw",
+    "image_denoise",
+    "inpaint",
+    "language",
+    "match",
+    "poem",
+    "review",
+)
 
 _SHAPE = TypeAdapter(ModelConfig)
 # Products of two stay positions, which are 64-bit integers.
@@ -109,7 +121,7 @@ class Recipe(Section):
     ds_config: str = "auto"  # a path, or `auto`: by what this machine has
     ds: dict[str, Any] = {}  # overrides of the ds_config, e.g. ds.expert_parallel.autoep_size=1
     data: str = "data"
-    image_tokenizer: str | None = None  # folder of a trained one, for task `draw`
+    image_tokenizer: str | None = None  # folder of a trained one, for tasks `draw` and `inpaint`
     seed: int = Field(1, ge=0, lt=2**63)
     steps: Count
     global_batch: Count  # rows a step, on however many ranks

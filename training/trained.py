@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ import numpy as np
 import torch
 import xxhash
 from PIL import Image
+from torch import Tensor
 
 from model.config import ModelConfig
 from model.contrast import embed
 from model.decoding import Decoding, generate, score
 from model.image_tokens import ImageTokenizer
 from model.m6 import M6 as Network
+from model.mask_predict import Filled, MaskPredict, fill_grid
 from model.trie import Trie
+from training.canvas import Canvas, region_of
 from training.data.batches import Batch, Batcher, picture_side, pixel_patches
 from training.data.corpus import FEATURE_NETWORK, TOKENIZER, Corpus
 from training.data.features import PatchFeatures, as_array, as_picture, augmented
-from training.data.images import read_image, read_picture
+from training.data.images import opaque, read_file, read_image, read_original, read_picture
 from training.data.rows import clean, clean_lines
 from training.data.tasks import Row
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS
@@ -43,6 +46,7 @@ from training.run import checkpoints_of, chosen_checkpoints
 
 ASK = {"zh": ASK_NAME, "en": ASK_ENGLISH, "tags": ASK_TAGS}
 ROWS = 32  # of a batch
+MOST_SIDE = 1024  # px of a drawing
 CAPTION_TOKENS, ANSWER_TOKENS, CAPTION_BEAMS = 24, 24, 4
 
 Picture = str | Path | bytes | Image.Image
@@ -55,6 +59,21 @@ def _told_as_mistake() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _cells(painter: ImageTokenizer, size: int | None) -> int:
+    """Codes a side of a square of `size` px; as in training if None."""
+    side, cell = painter.config.side, painter.config.cell
+    if size is None:
+        return painter.config.grid
+    if size % cell or not side <= size <= MOST_SIDE:
+        raise UserError(f"size={size}: must be from {side} to {MOST_SIDE} px, in steps of {cell}")
+    return size // cell
+
+
+def _best(pictures: Sequence[Image.Image], merits: Sequence[float], most: int) -> list[Image.Image]:
+    ranked = sorted(zip(merits, range(len(pictures)), strict=True), key=lambda one: (-one[0], one[1]))
+    return [pictures[place] for _, place in ranked[:most]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,10 @@ class Style:
 
 @dataclass(frozen=True)
 class Hand:
-    """How to draw: of `tries` the best `pictures` are kept. `guidance`: what the words weigh; 1 is as in training."""
+    """How to draw: of `tries` the best `pictures` are kept. `guidance`: what the words weigh; 1 is as in training.
+
+    `steps`: passes of mask-predict, where that draws. `size`: px a side of the square that is coded, None: as trained.
+    """
 
     pictures: int = 4
     tries: int = 16
@@ -78,6 +100,8 @@ class Hand:
     temperature: float = 1.0
     top_k: int | None = 256
     seed: int = 0
+    steps: int | None = None
+    size: int | None = None
 
 
 class M6:
@@ -251,16 +275,76 @@ class M6:
 
     # ---- drawing
 
-    def draw(self, text: str, hand: Hand | None = None) -> list[Image.Image]:
-        """Pictures for a text, that which the model itself finds to match best first. Raises UserError."""
+    def draw(self, text: str, hand: Hand | None = None, reference: Picture | None = None) -> list[Image.Image]:
+        """Pictures for a text, that which the model itself finds to match best first. Raises UserError.
+
+        By the first stage (task `draw`), one code after another. By the second (task `inpaint`; the order is that of
+        `edit`) with `hand.steps`, with a `reference`, whose like is drawn, or without the first. With a `hand.size` the
+        drafts that this gives are enlarged, which takes task `inpaint`.
+        """
         hand = hand or Hand()
-        painter = self._painter()
+        if hand.size is not None:
+            painter = self._painter("inpaint")
+            side = _cells(painter, hand.size)
+            drafts = self.draw(text, replace(hand, size=None), reference)
+            as_trained = side == painter.config.grid
+            return drafts if as_trained else [self._enlarged(painter, draft, side, hand) for draft in drafts]
+        second = self._learned("inpaint") and not self._learned("draw")
+        if hand.steps is None and reference is None and not second:
+            return self._draw_in_order(text, hand)
+        painter = self._painter("inpaint")
+        blank_hw = torch.full((painter.config.grid, painter.config.grid), self.tokenizer.mask_id)
+        return self._paint(painter, blank_hw, text, reference, hand)
+
+    def edit(
+        self,
+        picture: Picture,
+        text: str,
+        region: tuple[int, int, int, int] | Picture,
+        reference: Picture | None = None,
+        hand: Hand | None = None,
+    ) -> list[Image.Image]:
+        """The picture with a region redrawn, the best first. `text` says what it then shows ("": nothing is said).
+
+        `region`: left, top, width and height in px, or a picture of the same size, white where it is to be redrawn. The
+        picture is coded as a white square of `hand.size` px. The codes of all cells that the region touches are drawn
+        anew, and of what they show the region's px are taken: all others stay as they are, to the bit.
+
+        The best has the highest probability of matching the text, if the model has learned to match, times the mean
+        probability of its codes. These stand in for the two estimators that M6-UFC (arXiv 2105.14211) trains, of
+        relevance and fidelity. Raises UserError, also for a picture that moves or is transparent.
+        """
+        hand = hand or Hand()
+        painter = self._painter("inpaint")
+        with _told_as_mistake():
+            original = opaque(self._whole(picture, read_original))
+        within = region_of(original.size, region if isinstance(region, tuple) else self._whole(region, read_image))
+        cell = painter.config.cell
+        canvas = Canvas(original, _cells(painter, hand.size) * cell, cell)
+        grid_hw = self._masked(painter, canvas, torch.from_numpy(canvas.cells(within)))
+        return [canvas.redrawn(square, within) for square in self._paint(painter, grid_hw, text, reference, hand)]
+
+    def _enlarged(self, painter: ImageTokenizer, draft: Image.Image, side: int, hand: Hand) -> Image.Image:
+        """A draft at side x side codes: every second code, as on a chessboard, is that of the draft, scaled up; the
+        others are drawn window by window. Without words, which are of the whole and not of what a window shows.
+        """
+        canvas = Canvas(draft, side * painter.config.cell, painter.config.cell)
+        place = torch.arange(side)
+        hidden_hw = (place[:, None] + place) % 2 == 1
+        return self._paint(painter, self._masked(painter, canvas, hidden_hw), "", None, replace(hand, tries=1))[0]
+
+    def _masked(self, painter: ImageTokenizer, canvas: Canvas, hidden_hw: Tensor) -> Tensor:
+        """The codes of a canvas, as entries of the vocabulary, with masks where they are to be drawn."""
+        codes_hw = painter.encode(torch.from_numpy(canvas.pixels())[None]).view(hidden_hw.shape)
+        return (codes_hw + self.shape.text_vocab).masked_fill(hidden_hw, self.tokenizer.mask_id)
+
+    def _draw_in_order(self, text: str, hand: Hand) -> list[Image.Image]:
+        painter = self._painter("draw")
         cells = painter.config.grid**2
         row = Row(self._prompt(draw_prompt(text), fine=True)[: self.text_positions - cells], [self.tokenizer.eos_id])
         twin = Row(self._prompt(draw_prompt(""), fine=True), [self.tokenizer.eos_id])
-        vocabulary = range(self.shape.text_vocab, self.shape.text_vocab + painter.config.codes)
         settings = Decoding(
-            cells, vocabulary, None, answers=hand.tries, temperature=hand.temperature, top_k=hand.top_k,
+            cells, self._codes(painter), None, answers=hand.tries, temperature=hand.temperature, top_k=hand.top_k,
             guidance=hand.guidance,
         )  # fmt: skip
         batch, other = next(self._batches([row])), next(self._batches([twin]))
@@ -269,12 +353,53 @@ class M6:
             [answers] = generate(self.network, batch, settings, twin=other, generator=generator)
         codes_BP = torch.tensor([answer.tokens for answer in answers]) - self.shape.text_vocab
         pictures = [as_picture(pixels) for pixels in painter.decode(codes_BP)]
-        likely = self.matches([(picture, text) for picture in pictures])
-        ranked = sorted(zip(likely, range(len(pictures)), strict=True), key=lambda one: (-one[0], one[1]))
-        return [pictures[place] for _, place in ranked[: hand.pictures]]
+        return _best(pictures, self.matches([(picture, text) for picture in pictures]), hand.pictures)
 
-    def _painter(self) -> ImageTokenizer:
-        self._needs("draw")
+    def _paint(
+        self, painter: ImageTokenizer, grid_hw: Tensor, text: str, reference: Picture | None, hand: Hand
+    ) -> list[Image.Image]:
+        """Squares of a grid whose masks are filled, the best first."""
+        filled = self._fill(painter, grid_hw, text, reference, hand)
+        codes_BP, shape = filled.tokens.flatten(1) - self.shape.text_vocab, (len(grid_hw), len(grid_hw[0]))
+        # One after the other, since a large one takes as much memory as all that the model does.
+        squares = [as_picture(painter.decode_windowed(codes_P[None], shape)[0]) for codes_P in codes_BP]
+        merits = (filled.score_B / (grid_hw == self.tokenizer.mask_id).sum()).exp().tolist()
+        if text.strip() and self._learned("match"):
+            likely = self.matches([(square, text) for square in squares])
+            merits = [one * other for one, other in zip(merits, likely, strict=True)]
+        return _best(squares, merits, hand.pictures)
+
+    def _fill(
+        self, painter: ImageTokenizer, grid_hw: Tensor, text: str, reference: Picture | None, hand: Hand
+    ) -> Filled:
+        """`hand.tries` grids without masks, guided by what is said and shown, if anything is."""
+        guided = bool(text.strip() or reference is not None)
+        batch, twin = (
+            {name: value.repeat_interleave(hand.tries, 0) for name, value in next(self._batches([row])).items()}
+            for row in (self._controlled(painter, text, reference), self._controlled(painter, "", None))
+        )
+        generator = torch.Generator().manual_seed(hand.seed)
+        with _told_as_mistake():
+            settings = MaskPredict(
+                self._codes(painter), self.tokenizer.mask_id, hand.steps or MaskPredict.steps,
+                temperature=hand.temperature, top_k=hand.top_k, guidance=hand.guidance if guided else 1.0,
+            )  # fmt: skip
+            grid_Bhw, side = grid_hw.expand(hand.tries, -1, -1), painter.config.grid
+            return fill_grid(self.network, batch, grid_Bhw, side, settings, generator, twin if guided else None)
+
+    def _controlled(self, painter: ImageTokenizer, text: str, reference: Picture | None) -> Row:
+        """A row of task `inpaint` whose codes are all masked."""
+        grid = [self.tokenizer.mask_id] * painter.config.grid**2
+        prompt = self._prompt(draw_prompt(text), fine=True)
+        seen = None if reference is None else self._picture(reference)
+        return Row([*grid, *prompt][: self.text_positions - 1], [], seen)
+
+    def _codes(self, painter: ImageTokenizer) -> range:
+        """The vocabulary's entries of its codes."""
+        return range(self.shape.text_vocab, self.shape.text_vocab + painter.config.codes)
+
+    def _painter(self, task: str) -> ImageTokenizer:
+        self._needs(task)
         if self.recipe is None or self.recipe.image_tokenizer is None:
             raise UserError("an export has no image tokenizer: draw with its run")
         return load_image_tokenizer(Path(self.recipe.image_tokenizer))
@@ -300,9 +425,15 @@ class M6:
 
     # ---- below: rows and batches
 
+    def _learned(self, task: str) -> bool:
+        """Whether it is known to have been trained on a task, or may have been: an export does not say."""
+        return self.recipe is None or task in self.recipe.tasks
+
     def _needs(self, task: str) -> None:
-        if self.recipe and task not in self.recipe.tasks:
-            raise UserError(f"this model was trained without task `{task}` (launch/recipes/emoji.yaml has it)")
+        if not self._learned(task):
+            codes = f"m6 train … image_tokenizer=runs/NAME tasks.{task}=2"
+            way = codes if task in ("draw", "inpaint") else "launch/recipes/emoji.yaml has it"
+            raise UserError(f"this model was trained without task `{task}` ({way})")
 
     def _settings(self, tokens: int, **how: Any) -> Decoding:
         tokenizer = self.tokenizer
@@ -348,12 +479,16 @@ class M6:
             yield {name: tensor.to(device) for name, tensor in batch.items()}
 
     def _picture(self, picture: Picture) -> Image.Image:
+        return read_picture(Path(picture)) if isinstance(picture, str | Path) else self._whole(picture, read_image)
+
+    def _whole(self, picture: Picture, read: Callable[[bytes], Image.Image]) -> Image.Image:
+        """In its own size."""
         if isinstance(picture, Image.Image):
             return picture
         if not isinstance(picture, bytes):
-            return read_picture(Path(picture))
+            return read_file(Path(picture), read)
         try:
-            return read_image(picture)
+            return read(picture)
         except ValueError as error:
             raise UserError(f"the picture: {error}") from None
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from launch.cli import m6
-from tests.training.made_checkpoint import make_checkpoints, make_recipe
+from tests.training.made_checkpoint import make_checkpoints, make_image_tokenizer, make_recipe
 from tests.training.small_run import write_pictures
 from training.data.corpus import Corpus
 from training.errors import UserError
@@ -29,6 +29,9 @@ def home(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Pat
     )
     for name, step in (("first", 3), ("second", 4)):
         make_checkpoints(home / "runs" / name / "checkpoints", recipe, sample_corpus, step)
+    make_image_tokenizer(sample_corpus, home / "runs")
+    drawer = recipe.model_copy(update={"image_tokenizer": "runs"})
+    make_checkpoints(home / "drawer" / "checkpoints", drawer, sample_corpus, 1)
     write_pictures(sample_corpus, list(range(6)), home / "pictures")
     return home
 
@@ -77,6 +80,31 @@ def test_writing_streams_and_repeats() -> None:
     arguments = ("write", "写一首诗。", "--tokens", "12", "--run", "first")
     assert run(*arguments).stdout == run(*arguments).stdout != run(*arguments, "--seed", "5").stdout
     assert run(*arguments, "--example", "写诗 => 春眠\n不觉晓").stdout != run(*arguments).stdout
+
+
+def test_an_edited_picture_keeps_its_size_and_the_rest(home: Path) -> None:
+    Image.new("RGB", (90, 60), "red").save(home / "scene.png")
+    arguments = ("edit", "scene.png", "--text", "大红色圆", "--tries", "2", "--steps", "2", "--run", "drawer")
+    assert run(*arguments, "--region", "10,5,30,20", "--to", "new.png").stdout == "new.png\n"
+    edited = Image.open(home / "new.png")
+    assert edited.size == (90, 60)
+    red = edited.crop((40, 0, 90, 60)).getcolors()
+    assert red == [(50 * 60, (255, 0, 0))]
+    mask = Image.new("L", (90, 60))
+    mask.paste(255, (10, 5, 40, 25))
+    mask.save(home / "mask.png")
+    names = run(*arguments, "--mask", "mask.png", "--reference", "pictures/0.png", "--pictures", "2").stdout.split()
+    assert names == ["edited-1.png", "edited-2.png"] and {Image.open(home / name).size for name in names} == {(90, 60)}
+
+
+def test_drawings_have_the_size_that_is_asked_for_or_one_to_look_at(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("draw", "大红色圆", "--pictures", "1", "--tries", "2", "--run", "drawer", "--to", "drawn.png")
+    for size, least, side in ((None, 256, 256), ("32", 256, 256), ("32", 20, 32)):
+        monkeypatch.setattr("launch.use.DRAWN", least)
+        run(*arguments, *(("--size", size, "--steps", "1") if size else ()))
+        assert Image.open(home / "drawn.png").size == (side, side)
 
 
 def test_search_keeps_its_index_and_draws_a_sheet(home: Path) -> None:
@@ -138,6 +166,9 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded() -> None:
     for arguments, message in (
         (("ask", "a", "b", "c"), "more than an IMAGE and a QUESTION"),
         (("draw", "x", "--pictures", "5", "--tries", "4"), "cannot be more than --tries 4"),
+        (("edit", "x.png", "--region", "1,2,3"), "'1,2,3' is not four whole numbers: LEFT,TOP,WIDTH,HEIGHT"),
+        (("edit", "x.png"), "say what is redrawn, by --region or by --mask"),
+        (("edit", "x.png", "--region", "1,2,3,4", "--mask", "m.png"), "by --region or by --mask"),
         (("write", "x", "--seed", "-1"), "-1 is not in the range"),
         (("write", "x", "--example", "写诗 春眠"), "must be 'PROMPT => TEXT'"),
         (("write", "x", "--example", "写诗 => "), "must be 'PROMPT => TEXT'"),

@@ -20,6 +20,7 @@ from training.data.order import random_at
 from training.data.tasks import TASKS, Row
 from training.data.tasks.contrast import picture_words
 from training.errors import UserError
+from training.image_folder import load_image_tokenizer, open_corpus
 from training.recipe import TASK_NAMES, Recipe
 from training.trained import Hand, Style
 
@@ -196,6 +197,7 @@ def test_long_texts_are_read_in_stretches(m: M6) -> None:
 
 @pytest.fixture(scope="module")
 def painter(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an image tokenizer with first weights: 16 codes of 200 a picture."""
     return make_image_tokenizer(sample_corpus, tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -220,12 +222,112 @@ def test_drawings_are_the_decoders_and_ranked_by_the_model(
     assert [p.tobytes() for p in every[:3]] == [p.tobytes() for p in pictures]
 
 
+@pytest.fixture(scope="module")
+def drawer(sample_corpus: Corpus, painter: Path, tmp_path_factory: pytest.TempPathFactory) -> M6:
+    return draws(sample_corpus, painter, tmp_path_factory.mktemp("drawer") / "run")
+
+
+SCENE = Image.effect_noise((50, 40), 80).convert("RGB")
+QUICK = Hand(pictures=2, tries=3, steps=2)
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_an_edit_changes_the_region_and_nothing_else(drawer: M6, size: int | None) -> None:
+    mask = Image.new("L", SCENE.size)
+    mask.paste(255, (7, 3, 27, 30))
+    hand = Hand(pictures=2, tries=3, steps=2, size=size)
+    boxed, masked = (
+        drawer.edit(SCENE, "大红色圆", (7, 3, 20, 27), hand=hand),
+        drawer.edit(SCENE, "大红色圆", mask, hand=hand),
+    )
+    outside = np.asarray(mask) == 0
+    for picture, same in zip(boxed, masked, strict=True):
+        assert picture.size == SCENE.size and picture.tobytes() == same.tobytes()
+        changed = (np.asarray(picture) != np.asarray(SCENE)).any(2)
+        assert not changed[outside].any() and changed[~outside].mean() > 0.9
+    assert len({picture.tobytes() for picture in boxed}) == 2
+
+
+def test_an_edit_heeds_every_control(drawer: M6, pictures: list[Image.Image]) -> None:
+    region, one = (0, 0, 50, 20), Hand(pictures=1, tries=1, steps=2)
+    found = [
+        drawer.edit(SCENE, text, region, reference, one)[0].tobytes()
+        for text, reference in (("", None), ("大红色圆", None), ("", pictures[0]), ("大红色圆", pictures[0]))
+    ]
+    assert len(set(found)) == 4
+    assert found[1] == drawer.edit(SCENE, "大红色圆", region, hand=one)[0].tobytes()
+
+
+@pytest.mark.parametrize(("size", "side"), [(None, 16), (16, 16), (28, 28)])
+def test_mask_predict_draws_at_any_size(drawer: M6, pictures: list[Image.Image], size: int | None, side: int) -> None:
+    drawn = drawer.draw("大红色圆", Hand(pictures=2, tries=3, steps=2, size=size), pictures[0])
+    assert [picture.size for picture in drawn] == [(side, side)] * 2
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        ((0, 0, 0, 5), "region 0,0,0,5: is empty"),
+        ((40, 0, 11, 5), "region 40,0,11,5: leaves the picture, which has 50 x 40 px"),
+        ((-1, 0, 5, 5), "leaves the picture"),
+        (Image.new("L", (50, 41), 255), "the mask has 50 x 41 px, the picture 50 x 40"),
+        (Image.new("L", (50, 40)), "the mask is empty"),
+    ],
+)
+def test_a_region_that_is_none_is_refused(drawer: M6, region, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        drawer.edit(SCENE, "圆", region)
+
+
+def test_only_a_whole_still_opaque_picture_is_edited(drawer: M6, pictures: list[Image.Image], tmp_path: Path) -> None:
+    side = math.isqrt(MAX_PIXELS) + 1
+    frames = [picture.resize((48, 48)) for picture in pictures[:3]]
+    for name, data, reason in (
+        ("clear.png", encoded(Image.new("RGBA", (50, 40), (255, 0, 0, 9)), format="PNG"), "has transparent parts"),
+        (
+            "moving.webp",
+            encoded(frames[0], format="WEBP", save_all=True, append_images=frames[1:]),
+            "an animation of 3",
+        ),
+        ("cut.png", encoded(SCENE, format="PNG")[:200], "not a readable image"),
+        ("huge.png", encoded(Image.new("1", (side, side)), format="PNG"), "more than"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        for picture in (tmp_path / name, data):
+            with pytest.raises(UserError, match=rf"^(.*{name}|the picture): .*{reason}") as error:
+                drawer.edit(picture, "圆", (0, 0, 9, 9))
+            assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="the picture has transparent parts"):
+        drawer.edit(Image.new("RGBA", (50, 40)), "圆", (0, 0, 9, 9))
+    assert drawer.edit(encoded(SCENE.convert("RGBA"), format="PNG"), "圆", (0, 0, 9, 9), hand=QUICK)
+
+
+def test_what_is_to_be_painted_is_asked_as_in_training(drawer: M6, painter: Path) -> None:
+    assert drawer.recipe is not None
+    corpus = open_corpus(drawer.recipe, drawer.shape)
+    task = TASKS["inpaint"](corpus, "validation")
+    rows = [
+        task.row(item, drawer.text_positions, random_at(1, n)) for item in task.pool.tolist()[:4] for n in range(40)
+    ]
+    blank = [row for row in rows if len(row.hidden) == 16]
+    picture = corpus.picture(int(task.pool[0]))
+    asked = drawer._controlled(load_image_tokenizer(painter), picture_words(picture), None)
+    assert asked.source in [row.source for row in blank] and not asked.target
+
+
+@pytest.mark.parametrize("size", [12, 18, 1028])
+def test_a_size_that_cannot_be_drawn_is_refused(drawer: M6, size: int) -> None:
+    with pytest.raises(UserError, match=f"size={size}: must be from 16 to 1024 px, in steps of 4"):
+        drawer.draw("圆", Hand(size=size))
+
+
 def test_a_model_says_what_it_has_not_learned(sample_corpus: Corpus, tmp_path: Path) -> None:
     make_checkpoints(tmp_path / "poet" / "checkpoints", make_recipe(sample_corpus), sample_corpus, 1)
     poet = M6.load(tmp_path / "poet")
     blank = Image.new("RGB", (9, 9))
     for task, ask in {
-        "draw": lambda: poet.draw("圆"), "caption": lambda: poet.caption(blank), "ask": lambda: poet.ask("圆?"),
+        "draw": lambda: poet.draw("圆"), "inpaint": lambda: poet.edit(blank, "圆", (0, 0, 3, 3)),
+        "caption": lambda: poet.caption(blank), "ask": lambda: poet.ask("圆?"),
         "match": lambda: poet.match(blank, "圆"), "contrast": lambda: poet.embed_texts(["圆"]),
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=f"trained without task `{task}`"):

@@ -55,6 +55,7 @@ class Batcher:
             source_B[i], length_B[i] = len(row.source), len(text)
             tokens_BT[i, : len(text)] = text
             labels_BT[i, len(row.source) : len(row.source) + len(row.target)] = row.target
+            labels_BT[i, list(row.hidden)] = list(row.hidden.values())
             if row.picture is not None:
                 has_image_B[i], image_BPC[i] = True, self.look(row.picture)
         arrays = {

@@ -1,6 +1,7 @@
 """Decode images that come from strangers."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,23 @@ def read_image(data: bytes) -> Image.Image:
 
     Raises ValueError with the reason if `data` is not one whole image of at most MAX_PIXELS.
     """
+    return _read(data, on_white)
+
+
+def read_original(data: bytes) -> Image.Image:
+    """`read_image` of what is to be edited: ValueError also if it moves or is transparent, which would be lost."""
+    return _read(data, opaque, still=True)
+
+
+def _read(data: bytes, in_rgb: Callable[[Image.Image], Image.Image], still: bool = False) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # The size stands in the header: a decompression bomb is refused before it is decoded.
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            return on_white(_in_eight_bits(ImageOps.exif_transpose(image)))
+            if still and (pictures := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"an animation of {pictures} pictures: give one of them")
+            return in_rgb(_in_eight_bits(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError:
         raise ValueError(f"not a readable image: none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
@@ -35,12 +47,17 @@ def read_image(data: bytes) -> Image.Image:
 
 def read_picture(path: Path) -> Image.Image:
     """`read_image` of a file, at most LONG_SIDE pixels a side. Raises UserError that names it."""
-    try:
-        image = read_image(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    image = read_file(path, read_image)
     image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
     return image
+
+
+def read_file(path: Path, read: Callable[[bytes], Image.Image]) -> Image.Image:
+    """What `read` finds in a file. Raises UserError that names it."""
+    try:
+        return read(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
@@ -54,3 +71,10 @@ def on_white(image: Image.Image) -> Image.Image:
     """The image in RGB, its transparent parts white."""
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """The image in RGB. Raises ValueError if any of it is transparent."""
+    if np.asarray(image.convert("RGBA"))[:, :, 3].min(initial=255) < 255:
+        raise ValueError("the picture has transparent parts: lay it on a ground first")
+    return image.convert("RGB")

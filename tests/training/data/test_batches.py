@@ -233,6 +233,15 @@ def test_an_error_in_a_batch_ahead_is_raised(order, collate):
         [batches.take(step) for step in (1, 2, 3)]
 
 
+def test_hidden_tokens_are_predicted_where_they_are_masked(collate):
+    mask, bos, eos = (getattr(collate.tokenizer, f"{name}_id") for name in ("mask", "bos", "eos"))
+    batch = collate([Row([70, mask, 72, mask], [60, eos], hidden={1: 71, 3: 73}), Row([mask], [], hidden={0: 9})], 8)
+    assert batch["tokens_BT"][:, :6].tolist() == [[70, mask, 72, mask, bos, 60], [mask, bos, 0, 0, 0, 0]]
+    assert batch["labels_BT"][0].tolist() == [IGNORE, 71, IGNORE, 73, 60, eos, IGNORE, IGNORE]
+    assert batch["labels_BT"][1].tolist() == [9, *[IGNORE] * 7]
+    assert batch["source_B"].tolist() == [4, 1] and batch["length_B"].tolist() == [6, 2]
+
+
 def test_rows_with_a_concept_are_summed_up_and_grouped(collate, shape):
     tokenizer = collate.corpus.tokenizer
     grouping = Collator(collate.corpus, shape, block=4)

@@ -16,6 +16,7 @@ from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS, Caption
 from training.data.tasks.contrast import picture_words
 from training.data.tasks.denoise import MASKED_SHARE, mask_spans, window
 from training.data.tasks.draw import WORDLESS, draw_prompt
+from training.data.tasks.inpaint import REFERENCE, random_mask
 from training.data.tasks.match import NO, YES, match_question
 from training.data.tasks.writing import poem_prompt, review_prompt
 from training.errors import UserError
@@ -23,7 +24,7 @@ from training.errors import UserError
 LAW = settings(deadline=None, derandomize=True)
 MASK = -1
 SPLITS = ("train", "validation")
-PICTURED = ("ask", "caption", "contrast", "draw", "image_denoise", "match")
+PICTURED = ("ask", "caption", "contrast", "draw", "image_denoise", "inpaint", "match")
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +123,9 @@ def test_rows_are_pure_and_of_their_split(tasks, sample_corpus, name, split):
         limit = task.limit(96)
         row = task.row(item, limit, random_at(1, position))
         assert row == task.row(item, limit, random_at(1, position))
-        assert bool(row.target) == (row.concept is None)
+        assert bool(row.target or row.hidden) == (row.concept is None)
         assert len(row.source) + max(len(row.target), 1) <= limit
-        if row.picture is not None:
+        if row.picture is not None and name != "inpaint":  # which shows another one
             assert row.picture.row == item
 
 
@@ -311,9 +312,51 @@ def test_drawing_is_saying_the_codes_of_a_view(tasks, drawn_corpus, split):
     assert wordless == (pytest.approx(400 * WORDLESS, abs=20) if split == "train" else 0)
 
 
-def test_drawing_needs_codes_and_room(tasks, sample_corpus):
-    with pytest.raises(UserError, match=r"tasks.draw: needs pictures as codes"):
-        TASKS["draw"](sample_corpus, "train")
-    task = tasks["draw", "train"]
+@pytest.mark.parametrize("name", ["draw", "inpaint"])
+def test_drawing_needs_codes_and_room(tasks, sample_corpus, name):
+    with pytest.raises(UserError, match=rf"tasks\.{name}: needs pictures as codes"):
+        TASKS[name](sample_corpus, "train")
+    task = tasks[name, "train"]
     with pytest.raises(UserError, match="text_positions=16: a drawing takes 16 positions"):
         task.row(int(task.pool[0]), 16, random_at(1, 0))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_inpainting_hides_codes_of_a_view_and_shows_another(tasks, drawn_corpus, split):
+    task = tasks["inpaint", split]
+    vocab, mask, wordless, referred, whole = task.tokenizer.vocab_size, task.tokenizer.mask_id, 0, 0, 0
+    for position in range(400):
+        item = int(task.pool[position % len(task.pool)])
+        row, picture = task.row(item, 60, random_at(1, position)), drawn_corpus.picture(item)
+        grid, words = row.source[:16], task.tokenizer.decode(row.source[16:])
+        assert row.hidden.keys() == {place for place, token in enumerate(grid) if token == mask} and row.hidden
+        codes = [row.hidden.get(place, token) - vocab for place, token in enumerate(grid)]
+        view = [codes == view.tolist() for view in drawn_corpus.codes[item]].index(True)
+        assert words.startswith(draw_prompt("")) and not row.target
+        whole += len(row.hidden) == 16
+        wordless += words == draw_prompt("")
+        if row.picture is not None:
+            referred += 1
+            other = drawn_corpus.picture(row.picture.row)
+            assert other.zh == picture.zh and other.split == split and row.picture != View(item, view)
+        if split == "validation":
+            assert words == draw_prompt(picture_words(picture)) and view == 0
+    assert 20 < whole < 200
+    assert wordless == (pytest.approx(400 * WORDLESS, abs=20) if split == "train" else 0)
+    # A picture without a namesake has only its other views to show, and outside training it has none.
+    assert 0.6 * REFERENCE < referred / 400 <= 1.1 * REFERENCE if split == "train" else referred < 400 * REFERENCE
+
+
+@LAW
+@given(st.integers(1, 9), st.integers(0, 2**32))
+def test_some_places_of_a_grid_are_masked(side, seed):
+    places = random_mask(side, random_at(seed, 0))
+    assert places == sorted(set(places)) and set(places) <= set(range(side * side))
+    assert places or side == 1
+
+
+def test_masks_are_all_sizes_and_reach_every_cell():
+    masks = [random_mask(8, random_at(seed, 0)) for seed in range(1000)]
+    sizes, cells = np.array([len(mask) for mask in masks]), np.bincount(np.concatenate(masks), minlength=64)
+    assert min(np.histogram(sizes, 8, (0, 64))[0]) > 40 and sizes.max() == 64
+    assert cells.min() > 0.7 * cells.max()

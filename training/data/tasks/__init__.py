@@ -6,11 +6,13 @@ from training.data.tasks.caption import Caption
 from training.data.tasks.contrast import Contrast
 from training.data.tasks.denoise import Denoise, ImageDenoise
 from training.data.tasks.draw import Draw
+from training.data.tasks.inpaint import Inpaint
 from training.data.tasks.match import Match
 from training.data.tasks.writing import Language, Poem, Review
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Caption, Ask, Match, Contrast, Draw, ImageDenoise, Denoise, Language, Poem, Review)
+    task.name: task
+    for task in (Caption, Ask, Match, Contrast, Draw, Inpaint, ImageDenoise, Denoise, Language, Poem, Review)
 }
 
 __all__ = ["TASKS", "Row", "Task", "View"]

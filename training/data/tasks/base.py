@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -24,14 +24,16 @@ class View(NamedTuple):
 class Row:
     """One row of a batch: what is read, what is to be said, and the picture, if there is one.
 
-    `target` ends with the end mark unless it was cut; the loss is its cross entropy. A row with a `concept` says
-    nothing: it is summed up at one more position, and told from the other rows of its group (`model/contrast.py`).
+    `target` ends with the end mark unless it was cut; the loss is its cross entropy, and that of the `hidden` tokens.
+    A row with a `concept` says nothing: it is summed up at one more position, and told from the other rows of its group
+    (`model/contrast.py`).
     """
 
     source: list[int]
     target: list[int]
     picture: Any = None  # a View of the corpus' pictures; None without one
     concept: int | None = None  # from 0; equal for rows that mean the same
+    hidden: dict[int, int] = field(default_factory=dict)  # place in the source: the token that is masked there
 
 
 class Task(ABC):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from training.data.tasks.base import Random, Row, Task
+from training.data.rows import Picture
+from training.data.tasks.base import Random, Row, Task, View
 from training.data.tasks.contrast import picture_words, some_words
 from training.errors import UserError
 
@@ -16,20 +17,29 @@ class Draw(Task):
 
     def items(self) -> np.ndarray:
         if self.corpus.codes is None:
-            raise UserError("tasks.draw: needs pictures as codes: name a trained tokenizer's folder by image_tokenizer")
+            raise UserError(
+                f"tasks.{self.name}: needs pictures as codes: name a trained tokenizer's folder by image_tokenizer"
+            )
         return self.corpus.picture_rows(self.split)
 
     def row(self, item: int, limit: int, random: Random) -> Row:
         """Its target has no end mark: a picture has as many codes as any other."""
+        target = self.codes(self.view(item, random), limit)
+        source = self.prompt(self.corpus.picture(item), random)
+        return Row(source[: limit - len(target)], target)
+
+    def codes(self, view: View, limit: int) -> list[int]:
+        """A view's codes as entries of the vocabulary. Raises UserError if they and a word are beyond the limit."""
         assert self.corpus.codes is not None
-        view, picture = self.view(item, random), self.corpus.picture(item)
-        target = (self.tokenizer.vocab_size + self.corpus.codes[view].astype(np.int64)).tolist()
-        if len(target) >= limit:
-            raise UserError(f"text_positions={limit}: a drawing takes {len(target)} positions, and words before them")
+        found = (self.tokenizer.vocab_size + self.corpus.codes[view].astype(np.int64)).tolist()
+        if len(found) >= limit:
+            raise UserError(f"text_positions={limit}: a drawing takes {len(found)} positions, and words")
+        return found
+
+    def prompt(self, picture: Picture, random: Random) -> list[int]:
         words = some_words(picture, random) if self.split == "train" else picture_words(picture)
         wordless = self.split == "train" and random.random() < WORDLESS
-        source = self.tokenizer.encode_finely(draw_prompt("" if wordless else words))
-        return Row(source[: limit - len(target)], target)
+        return self.tokenizer.encode_finely(draw_prompt("" if wordless else words))
 
 
 def draw_prompt(words: str) -> str:
