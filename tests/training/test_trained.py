@@ -417,7 +417,7 @@ def test_an_export_with_another_tokenizer_is_refused(run: Path, tmp_path: Path) 
 
 
 def test_a_long_prompt_is_refused_and_strange_characters_are_not(m: M6) -> None:
-    with pytest.raises(UserError, match=r"the text has \d+ tokens, and the model was trained on rows of 96"):
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and the model was trained on rows of 96"):
         m.write("很长的话" * 100)
     assert isinstance(m.write("𓀀 ﷽ 🍎", Style(tokens=4)), str)
     assert torch.from_numpy(m.embed_texts(["𓀀🍎"])).isfinite().all()
