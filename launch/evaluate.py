@@ -74,7 +74,7 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
     pairs = [quality.pair_of(corpus.picture(row)) for row in rows]
     figures: Figures = {}
     shown: dict[str, Any] = {"sayings": [], "counts": {}}
-    if m.recipe and m.recipe.image_tokenizer and {"draw", "match"} <= m.recipe.tasks.keys():
+    if m.recipe and m.recipe.image_tokenizer and {"draw", "inpaint"} & m.recipe.tasks.keys():
         tell("drawing")
         shown |= samples.drawings(m, corpus, split, Path(m.recipe.image_tokenizer))
     if _learned(m, "contrast"):

@@ -8,6 +8,7 @@ m.caption("cup.png")
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,11 +70,6 @@ def _cells(painter: ImageTokenizer, size: int | None) -> int:
     if size % cell or not side <= size <= MOST_SIDE:
         raise UserError(f"size={size}: must be from {side} to {MOST_SIDE} px, in steps of {cell}")
     return size // cell
-
-
-def _best(pictures: Sequence[Image.Image], merits: Sequence[float], most: int) -> list[Image.Image]:
-    ranked = sorted(zip(merits, range(len(pictures)), strict=True), key=lambda one: (-one[0], one[1]))
-    return [pictures[place] for _, place in ranked[:most]]
 
 
 @dataclass(frozen=True)
@@ -276,11 +272,11 @@ class M6:
     # ---- drawing
 
     def draw(self, text: str, hand: Hand | None = None, reference: Picture | None = None) -> list[Image.Image]:
-        """Pictures for a text, that which the model itself finds to match best first. Raises UserError.
+        """Pictures for a text, the best first. Raises UserError.
 
-        By the first stage (task `draw`), one code after another. By the second (task `inpaint`; the order is that of
-        `edit`) with `hand.steps`, with a `reference`, whose like is drawn, or without the first. With a `hand.size` the
-        drafts that this gives are enlarged, which takes task `inpaint`.
+        By the first stage (task `draw`), one code after another. By the second (task `inpaint`) with `hand.steps`, with
+        a `reference`, whose like is drawn, or without the first. With a `hand.size` the drafts that this gives are
+        enlarged, which takes task `inpaint`.
         """
         hand = hand or Hand()
         if hand.size is not None:
@@ -310,9 +306,7 @@ class M6:
         picture is coded as a white square of `hand.size` px. The codes of all cells that the region touches are drawn
         anew, and of what they show the region's px are taken: all others stay as they are, to the bit.
 
-        The best has the highest probability of matching the text, if the model has learned to match, times the mean
-        probability of its codes. These stand in for the two estimators that M6-UFC (arXiv 2105.14211) trains, of
-        relevance and fidelity. Raises UserError, also for a picture that moves or is transparent.
+        Raises UserError, also for a picture that moves or is transparent.
         """
         hand = hand or Hand()
         painter = self._painter("inpaint")
@@ -353,7 +347,8 @@ class M6:
             [answers] = generate(self.network, batch, settings, twin=other, generator=generator)
         codes_BP = torch.tensor([answer.tokens for answer in answers]) - self.shape.text_vocab
         pictures = [as_picture(pixels) for pixels in painter.decode(codes_BP)]
-        return _best(pictures, self.matches([(picture, text) for picture in pictures]), hand.pictures)
+        likely = [math.exp(answer.score / cells) for answer in answers]
+        return self._ranked(pictures, text, likely)[: hand.pictures]
 
     def _paint(
         self, painter: ImageTokenizer, grid_hw: Tensor, text: str, reference: Picture | None, hand: Hand
@@ -363,11 +358,20 @@ class M6:
         codes_BP, shape = filled.tokens.flatten(1) - self.shape.text_vocab, (len(grid_hw), len(grid_hw[0]))
         # One after the other, since a large one takes as much memory as all that the model does.
         squares = [as_picture(painter.decode_windowed(codes_P[None], shape)[0]) for codes_P in codes_BP]
-        merits = (filled.score_B / (grid_hw == self.tokenizer.mask_id).sum()).exp().tolist()
+        likely = (filled.score_B / (grid_hw == self.tokenizer.mask_id).sum()).exp().tolist()
+        return self._ranked(squares, text, likely)[: hand.pictures]
+
+    def _ranked(self, squares: Sequence[Image.Image], text: str, likely: Sequence[float]) -> list[Image.Image]:
+        """The best first: by the mean probability of the codes, times that of matching the text, if that was learned.
+
+        The two stand in for M6-UFC's estimators of fidelity and relevance (arXiv 2105.14211), which it trains.
+        """
+        merits = list(likely)
         if text.strip() and self._learned("match"):
-            likely = self.matches([(square, text) for square in squares])
-            merits = [one * other for one, other in zip(merits, likely, strict=True)]
-        return _best(squares, merits, hand.pictures)
+            matches = self.matches([(square, text) for square in squares])
+            merits = [one * other for one, other in zip(merits, matches, strict=True)]
+        order = sorted(range(len(squares)), key=lambda place: -merits[place])
+        return [squares[place] for place in order]
 
     def _fill(
         self, painter: ImageTokenizer, grid_hw: Tensor, text: str, reference: Picture | None, hand: Hand

@@ -207,24 +207,32 @@ def draws(corpus: Corpus, painter: Path | None, home: Path) -> M6:
     return M6.load(home)
 
 
-def test_drawings_are_the_decoders_and_ranked_by_the_model(
-    sample_corpus: Corpus, painter: Path, tmp_path: Path
-) -> None:
-    m = draws(sample_corpus, painter, tmp_path / "run")
-    hand = Hand(pictures=3, tries=6, seed=1)
-    pictures = m.draw("大红色圆", hand)
-    assert len(pictures) == 3 and {picture.size for picture in pictures} == {(16, 16)}
-    likely = m.matches([(picture, "大红色圆") for picture in pictures])
-    assert likely == sorted(likely, reverse=True)
-    again, other = m.draw("大红色圆", hand), m.draw("大红色圆", Hand(pictures=3, tries=6, seed=2))
-    assert [p.tobytes() for p in again] == [p.tobytes() for p in pictures] != [p.tobytes() for p in other]
-    every = m.draw("大红色圆", Hand(pictures=6, tries=6, seed=1))
-    assert [p.tobytes() for p in every[:3]] == [p.tobytes() for p in pictures]
-
-
 @pytest.fixture(scope="module")
 def drawer(sample_corpus: Corpus, painter: Path, tmp_path_factory: pytest.TempPathFactory) -> M6:
     return draws(sample_corpus, painter, tmp_path_factory.mktemp("drawer") / "run")
+
+
+def darkness(picture: Image.Image) -> float:
+    return 1 - np.asarray(picture).mean() / 256
+
+
+def test_drawings_are_the_decoders_and_ranked_by_the_model(drawer: M6, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawer, "matches", lambda pairs: [darkness(picture) ** 99 for picture, _ in pairs])
+    hand = Hand(pictures=3, tries=6, seed=1)
+    pictures = drawer.draw("大红色圆", hand)
+    assert len(pictures) == 3 and {picture.size for picture in pictures} == {(16, 16)}
+    assert [darkness(picture) for picture in pictures] == sorted(map(darkness, pictures), reverse=True)
+    again, other = drawer.draw("大红色圆", hand), drawer.draw("大红色圆", Hand(pictures=3, tries=6, seed=2))
+    assert [p.tobytes() for p in again] == [p.tobytes() for p in pictures] != [p.tobytes() for p in other]
+    every = drawer.draw("大红色圆", Hand(pictures=6, tries=6, seed=1))
+    assert [p.tobytes() for p in every[:3]] == [p.tobytes() for p in pictures]
+
+
+def test_drawings_of_a_model_that_cannot_match(drawer: M6, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawer.recipe
+    tasks = {name: weight for name, weight in drawer.recipe.tasks.items() if name != "match"}
+    monkeypatch.setattr(drawer, "recipe", drawer.recipe.model_copy(update={"tasks": tasks}))
+    assert len(drawer.draw("大红色圆", Hand(pictures=2, tries=3))) == 2
 
 
 SCENE = Image.effect_noise((50, 40), 80).convert("RGB")
