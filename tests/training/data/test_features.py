@@ -59,6 +59,21 @@ def test_images_of_any_size_and_mode(features):
     assert torch.isfinite(out).all()
 
 
+def test_folded_norms_change_nothing():
+    network = random_network()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as after training
+            for values in (module.weight, module.bias, module.running_mean):
+                torch.nn.init.uniform_(values, -0.5, 1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        before = network.eval()(x)
+        network.fold_norms()
+        torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+
+
 def test_patches_are_the_map_row_by_row(features):
     square = augmented(picture(), 0)
     with torch.inference_mode():
