@@ -169,6 +169,10 @@ class Box(click.ParamType[tuple[int, int, int, int]]):
         return left, top, width, height
 
 
+TRIES = click.option(
+    "--tries", type=click.IntRange(1, 256), default=16, show_default=True, help="Of which the best are kept."
+)
+SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 REFERENCE = click.option("--reference", type=PATH, help="A picture whose like is to be drawn.")
 STEPS = click.option("--steps", type=click.IntRange(1, 1024), help="Passes of mask-predict; 10 if it draws.")
 SIZE = click.option(
@@ -234,7 +238,7 @@ class Example(click.ParamType):
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.9, show_default=True)
 @click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.1, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@SEED
 @RUN
 @DATA
 def write(
@@ -255,14 +259,19 @@ def write(
     use.write(run, data, prompt, examples, Style(temperature, top_p, repetition_penalty, tokens, seed))
 
 
+def _check_kept(pictures: int, tries: int) -> None:
+    if pictures > tries:
+        raise click.UsageError(f"--pictures {pictures}: cannot be more than --tries {tries}")
+
+
 @m6.command()
 @click.argument("text")
 @click.option("--to", "target", type=PATH, default="drawing.png", show_default=True)
 @click.option("--pictures", type=click.IntRange(1, 64), default=4, show_default=True, help="That are kept.")
-@click.option("--tries", type=click.IntRange(1, 256), default=16, show_default=True, help="Of which the best are kept.")
+@TRIES
 @click.option("--guidance", type=click.FloatRange(0, 100), default=3.0, show_default=True, help="What the words weigh.")
 @click.option("--temperature", type=click.FloatRange(0.01, 100), default=1.0, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@SEED
 @REFERENCE
 @STEPS
 @SIZE
@@ -286,8 +295,7 @@ def draw(
 
     One code after another (task draw); with --reference, --steps or --size by mask-predict (task inpaint).
     """
-    if pictures > tries:
-        raise click.UsageError(f"--pictures {pictures}: cannot be more than --tries {tries}")
+    _check_kept(pictures, tries)
     from launch import use
     from training.trained import Hand
 
@@ -302,9 +310,9 @@ def draw(
 @click.option("--mask", type=PATH, help="Or a picture of the same size, white where it is redrawn.")
 @click.option("--to", "target", type=PATH, default="edited.png", show_default=True)
 @click.option("--pictures", type=click.IntRange(1, 64), default=1, show_default=True, help="That are kept.")
-@click.option("--tries", type=click.IntRange(1, 256), default=16, show_default=True, help="Of which the best are kept.")
+@TRIES
 @click.option("--guidance", type=click.FloatRange(0, 100), default=3.0, show_default=True, help="What is said weighs.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@SEED
 @REFERENCE
 @STEPS
 @SIZE
@@ -332,8 +340,7 @@ def edit(
     """
     if (region is None) == (mask is None):
         raise click.UsageError("say what is redrawn, by --region or by --mask")
-    if pictures > tries:
-        raise click.UsageError(f"--pictures {pictures}: cannot be more than --tries {tries}")
+    _check_kept(pictures, tries)
     from launch import use
     from training.trained import Hand
 

@@ -362,9 +362,10 @@ class M6:
         return self._ranked(squares, text, likely)[: hand.pictures]
 
     def _ranked(self, squares: Sequence[Image.Image], text: str, likely: Sequence[float]) -> list[Image.Image]:
-        """The best first: by the mean probability of the codes, times that of matching the text, if that was learned.
+        """The best first: by `likely`, times the probability of matching the text, if that was learned.
 
-        The two stand in for M6-UFC's estimators of fidelity and relevance (arXiv 2105.14211), which it trains.
+        `likely`: the geometric mean of each one's codes' probabilities. The two stand in for M6-UFC's estimators of
+        fidelity and relevance (arXiv 2105.14211), which it trains.
         """
         merits = list(likely)
         if text.strip() and self._learned("match"):
