@@ -47,13 +47,14 @@ class ModelConfig:
     image_input: ImageInput = "features"
     image_patches: int = 16
     image_channels: int = 2_048  # of one patch: CNN channels, or 3 * p * p pixels
+    bag_width: int = 0  # of the sums that search goes by beside the trunk (`model/bags.py`); 0: the trunk alone
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "k", "text_vocab", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("experts", "image_codes", "image_patches", "image_channels"):
+        for name in ("experts", "image_codes", "image_patches", "image_channels", "bag_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("balance_loss", "z_loss", "init_std"):
@@ -106,6 +107,7 @@ class ModelConfig:
             norms=physical * norms + 2 * h,
             routers=physical * router,
             experts=physical * experts,
+            bags=(self.image_channels + 1 + self.text_vocab) * self.bag_width,
             active=embeddings + image + 2 * h + self.layers * layer_active,
         )
 
@@ -125,7 +127,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by component; `active` is what one token passes through (shared layers counted by call)."""
+    """Parameters by component.
+
+    `active` is what one token passes through: shared layers are counted by call, bags not at all.
+    """
 
     embeddings: int
     image: int
@@ -133,6 +138,7 @@ class ParameterCounts:
     norms: int
     routers: int
     experts: int
+    bags: int
     active: int
 
     @property

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TEMPERATURE = 0.05
+TEMPERATURE = 0.1
 WORTH = 8  # tokens to say: what finding one partner weighs in a batch's loss
 
 

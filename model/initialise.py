@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -46,4 +47,22 @@ class Table(nn.Module):
         fill_normal(self.weight, std, *key)
 
     def forward(self, index: Tensor) -> Tensor:
-        return nn.functional.embedding(index, self.weight)
+        return F.embedding(index, self.weight)
+
+
+class Vocabulary(nn.Module):
+    """A tied table of entries: ids -> embeddings, hidden states -> logits."""
+
+    def __init__(self, entries: int, width: int, std: float, *key: object):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(entries, width))
+        fill_normal(self.weight, std, *key)
+
+    def forward(self, x: Tensor, entries: range | None = None) -> Tensor:
+        """Integers [...] -> [..., D]; floats [..., D] -> logits [..., V] of all entries or of some.
+
+        Both ways go through the module's call, because ZeRO-3 gathers a weight when its module is called.
+        """
+        if not x.is_floating_point():
+            return F.embedding(x, self.weight)
+        return F.linear(x, self.weight if entries is None else self.weight[entries.start : entries.stop])

@@ -18,36 +18,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, attention_mask
+from model.bags import Bags, words_loss
 from model.cache import Cache, LayerCache
 from model.config import ModelConfig
 from model.contrast import WORTH, contrastive_loss
 from model.experts import ExpertParallel
 from model.grouped import activate, few_sizes
-from model.initialise import Linear, Table, fill_normal
+from model.initialise import Linear, Table, Vocabulary
 from model.moe import MoELayer
 from model.packing import Packing
 from model.vision import PatchEmbedding
 
 IGNORE = -100  # label of a position without loss
 IMAGE, SOURCE, TARGET = range(3)  # segments
-
-
-class Vocabulary(nn.Module):
-    """The one table of text pieces and image codes, tied: ids -> embeddings, hidden states -> logits."""
-
-    def __init__(self, config: ModelConfig, *key: object):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab, config.hidden))
-        fill_normal(self.weight, config.init_std, *key, "vocabulary")
-
-    def forward(self, x: Tensor, entries: range | None = None) -> Tensor:
-        """Integers [...] -> [..., D]; floats [..., D] -> logits [..., V] of all entries or of some.
-
-        Both ways go through the module's call, because ZeRO-3 gathers a weight when its module is called.
-        """
-        if not x.is_floating_point():
-            return F.embedding(x, self.weight)
-        return F.linear(x, self.weight if entries is None else self.weight[entries.start : entries.stop])
 
 
 class FeedForward(nn.Module):
@@ -104,13 +87,15 @@ class M6(nn.Module):
         self.config = config
         self.recompute = False  # activation checkpointing
         parallel = parallel or ExpertParallel()
-        self.vocabulary = Vocabulary(config, seed)
+        # The one table of text pieces and image codes.
+        self.vocabulary = Vocabulary(config.vocab, config.hidden, config.init_std, seed, "vocabulary")
         self.position = Table(config.max_positions, config.hidden, config.init_std, seed, "position")
         self.segment = Table(3, config.hidden, config.init_std, seed, "segment")
         self.image = PatchEmbedding(config, seed)
         physical = 1 if config.share_layers else config.layers
         self.layers = nn.ModuleList(Layer(config, parallel, seed, number) for number in range(physical))
         self.norm = nn.LayerNorm(config.hidden)
+        self.bags = Bags(config, seed) if config.bag_width else None
 
     def hidden_states(
         self, tokens_BT: Tensor, source_B: Tensor, length_B: Tensor, image_BPC: Tensor, has_image_B: Tensor
@@ -193,12 +178,16 @@ class M6(nn.Module):
         x_BD = last_positions(x_BND[:, self.config.image_patches :], batch["length_B"])
         return self.logits(x_BD, entries).float(), cache
 
-    def summaries(self, batch: dict[str, Tensor]) -> Tensor:
-        """Hidden states [B, D] of each row's last text position, such as `model.contrast` compares."""
+    def summaries(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What `model.contrast` compares: hidden states [B, D] of each row's last text position; bags [B, S] if any."""
         x_BND, *_ = self.hidden_states(
             batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]
         )
-        return last_positions(x_BND[:, self.config.image_patches :], batch["length_B"])
+        summary_BD = last_positions(x_BND[:, self.config.image_patches :], batch["length_B"])
+        if self.bags is None:
+            return summary_BD, None
+        own = batch["tokens_BT"], batch["source_B"], batch["image_BPC"], batch["has_image_B"]
+        return summary_BD, self.bags(*own)
 
     @torch.no_grad()
     def extend(self, token_B: Tensor, cache: Cache, entries: range | None = None) -> Tensor:
@@ -219,7 +208,7 @@ class M6(nn.Module):
 
         With labels_BT: loss_B, the summed cross entropy of each row's labels (nats, fp32); targets_B, their number;
         rows with a contrastive group (group_B, concept_B; see `model.contrast`) have their partner to find, as WORTH
-        targets;
+        targets, and those of them with a picture its words (words_BW, see `model.bags`) to foretell if there are bags;
         auxiliary, balance and z-loss summed over tokens; counts, routing counts [L, M, 2, E]; tokens, the number of
         valid positions. Without: logits_BV, of what follows each row's last text position.
         """
@@ -235,9 +224,7 @@ class M6(nn.Module):
         # Not index_add, whose order of additions is not fixed on GPUs.
         loss_B = loss_S.new_zeros(chosen_BT.shape).masked_scatter(chosen_BT, loss_S).sum(1)
         if "group_B" in batch:
-            summed_up_BD = last_positions(x_BTD, batch["length_B"])
-            found_B = contrastive_loss(summed_up_BD, batch["has_image_B"], batch["group_B"], batch["concept_B"])
-            loss_B = loss_B + WORTH * found_B
+            loss_B = loss_B + WORTH * self._finding_loss(last_positions(x_BTD, batch["length_B"]), batch)
         return {
             "loss_B": loss_B,
             "targets_B": target_counts(batch),
@@ -245,6 +232,21 @@ class M6(nn.Module):
             "counts": counts,
             "tokens": valid_BN.sum(),
         }
+
+    def _finding_loss(self, summary_BD: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What it costs each row of a contrastive group to find its partner, [B]: by the trunk, and by bags.
+
+        Each part has a loss of its own, since together the one that learns by heart would leave the others nothing.
+        """
+        group = batch["has_image_B"], batch["group_B"], batch["concept_B"]
+        loss_B = contrastive_loss(summary_BD, *group)
+        if self.bags is None:
+            return loss_B
+        x_BS = self.bags(batch["tokens_BT"], batch["source_B"], batch["image_BPC"], batch["has_image_B"])
+        seen_B = (batch["group_B"] >= 0) & batch["has_image_B"]
+        said = words_loss(self.bags.likely_words(x_BS[seen_B]), batch["words_BW"][seen_B])
+        said_B = loss_B.new_zeros(len(loss_B)).masked_scatter(seen_B, said)
+        return loss_B + contrastive_loss(x_BS, *group) + said_B
 
     def _cross_entropy(self, x_SD: Tensor, label_S: Tensor) -> Tensor:
         """Cross entropy of each target [S], in fp32."""

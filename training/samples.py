@@ -90,7 +90,8 @@ def searches(m: M6, pairs: Sequence[Pair]) -> list[Search]:
     english = [n for n in order if pairs[n].en][:ENGLISH]
     wanted = [n for n in order if n not in english][:CHINESE]
     queries = [(n, pairs[n].name) for n in wanted] + [(n, pairs[n].en) for n in english]
-    similarity = m.embed_images([pair.image for pair in pairs]) @ m.embed_texts([query for _, query in queries]).T
+    pictures = m.embed_images([pair.image for pair in pairs])
+    similarity = pictures.similarity(m.embed_texts([query for _, query in queries]))
     return [_search(pairs, n, query, similarity[:, place]) for place, (n, query) in enumerate(queries)]
 
 

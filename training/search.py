@@ -1,10 +1,10 @@
 """Finding pictures in a folder by words: an index of vectors, built once and kept up to date.
 
 A picture is found by its own vector, and by that of the details which the model writes about it: words of a query
-may be among these that a glance at the picture does not suggest. Plain products of matrices search a million pictures
-in a second, so nothing else is used.
+may be among these that a glance at the picture does not suggest. A hundred thousand pictures are looked through in half a
+second, one by one, so nothing else is used.
 
-Shape suffixes: N pictures, D width of a vector.
+Shape suffixes: N pictures.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from safetensors.numpy import load_file, save_file
 
 from training.data.images import SUFFIXES, read_picture
 from training.data.rows import clean
+from training.embedding import Embeddings
 from training.errors import UserError
 from training.files import replace
 from training.trained import M6
 
 DETAILS = 0.5  # what the model's own words about a picture weigh beside the picture
 VECTORS, ENTRIES = "vectors.safetensors", "entries.json"
+SEEN, SAID, ARRAYS = "image", "details", ("vectors", "words", "weights")
 BATCH = 32
 THUMBNAIL, CAPTION = 160, 18  # pixels
 
@@ -35,7 +37,7 @@ Entry = dict[str, str | int]  # name, size, changed (ns), details
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found; `score` is a weighted mean of two cosines."""
+    """A picture that was found; `score` is a weighted mean of cosines."""
 
     path: Path
     score: float
@@ -49,7 +51,8 @@ class Index:
     folder: Path
     identity: str
     entries: list[Entry] = field(default_factory=list)
-    vectors: tuple[np.ndarray, np.ndarray] | None = None  # of the pictures and of their details, [N, D] each
+    seen: Embeddings | None = None  # of the pictures
+    said: Embeddings | None = None  # of their details
     skipped: list[str] = field(default_factory=list)  # files that are no pictures, and why
 
     @classmethod
@@ -59,10 +62,11 @@ class Index:
         try:
             kept = json.loads((place / ENTRIES).read_text(encoding="utf-8"))
             vectors = load_file(place / VECTORS)
-            entries, both = kept["entries"], (vectors["image"], vectors["details"])
+            entries = kept["entries"]
+            seen, said = (_embeddings(vectors, kind) for kind in (SEEN, SAID))
             own = (kept["identity"], kept["folder"]) == (identity, str(folder.resolve()))
-            if own and len(entries) == len(both[0]) == len(both[1]):
-                return cls(folder, identity, entries, both)
+            if own and {len(array) for part in (seen, said) for array in part.arrays()} == {len(entries)}:
+                return cls(folder, identity, entries, seen, said)
         except (OSError, ValueError, LookupError, TypeError, SafetensorError):
             pass
         return fresh
@@ -70,10 +74,10 @@ class Index:
     def save(self, place: Path) -> None:
         """Keep it at `place`, a folder of its own."""
         place.mkdir(parents=True, exist_ok=True)
-        assert self.vectors
+        assert self.seen and self.said
         kept = {"identity": self.identity, "folder": str(self.folder.resolve()), "entries": self.entries}
         (place / ENTRIES).unlink(missing_ok=True)  # vectors of other entries are worse than none
-        save_file(dict(zip(("image", "details"), self.vectors, strict=True)), place / VECTORS)
+        save_file(_named(self.seen, SEEN) | _named(self.said, SAID), place / VECTORS)
         replace(place / ENTRIES, json.dumps(kept, ensure_ascii=False))
 
     def update(self, m: M6, advance: Callable[[int, int], object] = lambda done, of: None) -> int:
@@ -90,18 +94,18 @@ class Index:
         new = [name for name in found if name not in known]
         kept = list(known.values())
         entries = [self.entries[place] for place in kept]
-        vectors = [(self.vectors[0][kept], self.vectors[1][kept])] if self.vectors else []
+        seen, said = ([part[kept]] if part else [] for part in (self.seen, self.said))
         for start in range(0, len(new), BATCH):
             own, images = self._read([found[name] for name in new[start : start + BATCH]])
             if images:
                 details = details_of(m, images)
                 entries += [entry | {"details": text} for entry, text in zip(own, details, strict=True)]
-                vectors.append((m.embed_images(images), m.embed_texts(details)))
+                seen.append(m.embed_images(images))
+                said.append(m.embed_texts(details))
             advance(min(start + BATCH, len(new)), len(new))
         if not entries:
             raise UserError(f"{self.folder}: no picture there{f' ({self.skipped[0]})' if self.skipped else ''}")
-        images_ND, details_ND = (np.concatenate(parts) for parts in zip(*vectors, strict=True))
-        self.entries, self.vectors = entries, (images_ND, details_ND)
+        self.entries, self.seen, self.said = entries, Embeddings.joined(seen), Embeddings.joined(said)
         return len(entries) - len(kept)
 
     def _read(self, paths: Sequence[Path]) -> tuple[list[Entry], list[Image.Image]]:
@@ -120,9 +124,9 @@ class Index:
 
     def search(self, m: M6, query: str, most: int) -> list[Hit]:
         """The `most` pictures that fit best, best first."""
-        assert self.vectors
-        query_D = m.embed_texts([query])[0]
-        image_N, details_N = (vectors_ND @ query_D for vectors_ND in self.vectors)
+        assert self.seen and self.said
+        asked = m.embed_texts([query])
+        image_N, details_N = (part.similarity(asked)[:, 0] for part in (self.seen, self.said))
         score_N = (image_N + DETAILS * details_N) / (1 + DETAILS)
         best = np.argsort(-score_N, kind="stable")[:most]
         return [
@@ -144,6 +148,14 @@ def details_of(m: M6, images: Sequence[Image.Image]) -> list[str]:
     """What the model says of each picture: its name and key words."""
     both = zip(m.captions(images), m.captions(images, "tags"), strict=True)
     return [clean(" ".join(said)) or "?" for said in both]
+
+
+def _named(embeddings: Embeddings, kind: str) -> dict[str, np.ndarray]:
+    return {f"{kind}.{name}": array for name, array in zip(ARRAYS, embeddings.arrays(), strict=True)}
+
+
+def _embeddings(vectors: dict[str, np.ndarray], kind: str) -> Embeddings:
+    return Embeddings(*(vectors[f"{kind}.{name}"] for name in ARRAYS))
 
 
 def _unchanged(path: Path, entry: Entry) -> bool:

@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.contrast import embed
 from model.decoding import Decoding, generate, score
 from model.image_tokens import ImageTokenizer
 from model.m6 import M6 as Network
@@ -39,6 +38,7 @@ from training.data.tasks.contrast import Contrast
 from training.data.tasks.draw import draw_prompt
 from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
+from training.embedding import Embeddings
 from training.errors import UserError
 from training.export import CONFIG, load_checkpoint, load_exported, read_description
 from training.image_folder import load_image_tokenizer
@@ -411,22 +411,23 @@ class M6:
 
     # ---- search
 
-    def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
-        """fp32 [n, D], of length one: products with those of `embed_texts` are cosines."""
+    def embed_images(self, images: Sequence[Picture]) -> Embeddings:
+        """What pictures are found by: `m.embed_images(images).similarity(m.embed_texts(texts))`."""
         return self._embed([Row([], [], self._picture(image), 0) for image in images])
 
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """fp32 [n, D], of length one. What is longer than texts were in training is cut to that."""
+    def embed_texts(self, texts: Sequence[str]) -> Embeddings:
+        """What texts are found by. What is longer than texts were in training is cut to that."""
         most = min(Contrast.positions, self.text_positions) - 1
-        encode = self.tokenizer.encode_finely
-        return self._embed([Row(encode(self._cleaned(text))[:most], [], None, 0) for text in texts])
+        cleaned = [self._cleaned(text) for text in texts]
+        found = self._embed([Row(self.tokenizer.encode_finely(text)[:most], [], None, 0) for text in cleaned])
+        return found.saying(cleaned, self.tokenizer) if self.network.bags else found
 
     @torch.no_grad()
-    def _embed(self, rows: Sequence[Row]) -> np.ndarray:
+    def _embed(self, rows: Sequence[Row]) -> Embeddings:
         self._needs("contrast")
         self.network.eval()
-        found = [embed(self.network.summaries(batch)).cpu().numpy() for batch in self._batches(rows)]
-        return np.concatenate(found) if found else np.zeros((0, self.shape.hidden), np.float32)
+        parts = [Embeddings.of(*self.network.summaries(batch), self.network.bags) for batch in self._batches(rows)]
+        return Embeddings.joined(parts)
 
     # ---- below: rows and batches
 

@@ -23,7 +23,7 @@ def train_small(corpus: Corpus) -> M6:
     torch.manual_seed(0)
     shape = ModelConfig(
         layers=2, hidden=64, ffn=128, heads=4, text_vocab=corpus.tokenizer.vocab_size, image_codes=0,
-        max_positions=POSITIONS, image_channels=1280,
+        max_positions=POSITIONS, image_channels=1280, bag_width=64,
     )  # fmt: skip
     network, collate = Network(shape, seed=1), Collator(corpus, shape, BATCH)
     order = GlobalOrder([TASKS[name](corpus, "train") for name in WEIGHTS], WEIGHTS, BATCH, POSITIONS, 1, BATCH)

@@ -47,9 +47,10 @@ def test_a_picture_is_found_by_its_words(m: M6, sample_corpus: Corpus, folder: P
 
 def test_scores_weigh_the_picture_and_what_is_said_of_it(m: M6, folder: Path, tmp_path: Path) -> None:
     index, _ = indexed(m, folder, tmp_path / "index")
-    query = m.embed_texts(["红色"])[0]
+    query = m.embed_texts(["红色"])
     for hit in index.search(m, "红色", 99):
-        seen, said = m.embed_images([str(hit.path)])[0] @ query, m.embed_texts([hit.details])[0] @ query
+        seen = m.embed_images([str(hit.path)]).similarity(query)[0, 0]
+        said = m.embed_texts([hit.details]).similarity(query)[0, 0]
         assert hit.score == pytest.approx((seen + 0.5 * said) / 1.5, abs=1e-5)
 
 
@@ -79,15 +80,15 @@ def test_an_index_that_does_not_fit_is_built_anew(m: M6, folder: Path, tmp_path:
     elif damage == "entries":
         (place / ENTRIES).write_text('{"entries": 5}')
     elif damage == "fewer vectors":
-        assert index.vectors
-        index.vectors = (index.vectors[0][:3], index.vectors[1][:3])
+        assert index.seen and index.said
+        index.seen, index.said = index.seen[:3], index.said[:3]
         index.save(place)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     opened = Index.open(
         place, elsewhere if damage == "other folder" else folder, "x" if damage == "other model" else m.identity
     )
-    assert opened.entries == [] and opened.vectors is None
+    assert opened.entries == [] and opened.seen is None
 
 
 def test_files_that_are_no_pictures_are_passed_over_and_named(m: M6, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Rows of the global order -> batches of tensors, built ahead of the step that needs them.
 
-Shape suffixes: B rows, T text positions, P image patches, C channels of a patch.
+Shape suffixes: B rows, T text positions, P image patches, C channels of a patch, W pieces of a picture's words.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.bags import ABSENT
 from model.config import ModelConfig
 from model.m6 import IGNORE
 from model.vision import patchify
@@ -24,7 +25,7 @@ from training.errors import UserError
 
 Batch = dict[str, Tensor]
 
-WIDTH_MULTIPLE = 8  # text positions of a batch are rounded up to this: few shapes
+WIDTH_MULTIPLE = 8  # text positions of a batch, and words of a picture, are rounded up to this: few shapes
 
 
 class Batcher:
@@ -39,7 +40,7 @@ class Batcher:
     def __call__(self, rows: Sequence[Row], width: int, size: int | None = None) -> Batch:
         """A batch of `size` rows, `width` text positions each (rounded up); rows that lack are empty ones."""
         tokenizer, model = self.tokenizer, self.model
-        size, width = size or len(rows), min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, model.max_positions)
+        size, width = size or len(rows), min(_rounded(width), model.max_positions)
         tokens_BT = np.full((size, width), tokenizer.pad_id, np.int64)
         labels_BT = np.full((size, width), IGNORE, np.int64)
         source_B, length_B, has_image_B = (
@@ -48,6 +49,7 @@ class Batcher:
             np.zeros(size, bool),
         )
         image_BPC = np.zeros((size, model.image_patches, model.image_channels), np.float32)
+        words_BW = np.full((size, _rounded(max((len(row.words) for row in rows), default=0))), ABSENT, np.int64)
         group_B, concept_B = self._groups(rows, size)
         for i, row in enumerate(rows):
             start = tokenizer.bos_id if row.concept is None else tokenizer.embed_id
@@ -56,11 +58,13 @@ class Batcher:
             tokens_BT[i, : len(text)] = text
             labels_BT[i, len(row.source) : len(row.source) + len(row.target)] = row.target
             labels_BT[i, list(row.hidden)] = list(row.hidden.values())
+            words_BW[i, : len(row.words)] = row.words
             if row.picture is not None:
                 has_image_B[i], image_BPC[i] = True, self.look(row.picture)
         arrays = {
             "tokens_BT": tokens_BT, "labels_BT": labels_BT, "source_B": source_B, "length_B": length_B,
             "image_BPC": image_BPC, "has_image_B": has_image_B, "group_B": group_B, "concept_B": concept_B,
+            "words_BW": words_BW,
         }  # fmt: skip
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -84,6 +88,10 @@ class Collator(Batcher):
         if self.model.image_input == "features":
             return self.corpus.features[view.row, view.augmentation]
         return pixel_patches(self.corpus.pixels(view.row, view.augmentation, picture_side(self.model)), self.model)
+
+
+def _rounded(width: int) -> int:
+    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def picture_side(model: ModelConfig) -> int:

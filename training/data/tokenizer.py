@@ -80,6 +80,15 @@ class Tokenizer:
         """Each Chinese character by itself, so that a rare word's characters are those of common ones."""
         return [piece for part in _PARTS.findall(text) for piece in self.encode(part)]
 
+    def words(self, text: str) -> list[int]:
+        """What a text is found by: its pieces whole and character by character, in lower case, each once."""
+        lower = text.lower()
+        return sorted({*self.encode(lower), *self.encode_finely(lower)} - set(self.encode(" ")))
+
+    def rarity(self, piece: int) -> float:
+        """Minus the logarithm of how often the piece stands in the texts that the tokenizer was trained on."""
+        return -self._processor.get_score(piece)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special ids say nothing and are skipped."""
         return self._processor.decode([int(i) for i in ids if i >= SPECIAL_IDS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,6 +35,7 @@ class Row:
     picture: Any = None  # a View of the corpus' pictures; None without one
     concept: int | None = None  # from 0; equal for rows that mean the same
     hidden: dict[int, int] = field(default_factory=dict)  # place in the source: the token that is masked there
+    words: Sequence[int] = ()  # pieces of the words that its picture is to be found by
 
 
 class Task(ABC):

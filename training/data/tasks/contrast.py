@@ -26,10 +26,12 @@ class Contrast(Task):
 
     def row(self, item: int, limit: int, random: Random) -> Row:
         if item >= 0:
-            return Row([], [], self.view(item, random), concept(self.corpus.picture(item)))
+            picture = self.corpus.picture(item)
+            words = self.tokenizer.words(f"{picture_words(picture)} {picture.en}")
+            return Row([], [], self.view(item, random), concept(picture), words=words)
         picture = self.corpus.picture(~item)
-        words = picture_words(picture) if self.split != "train" else some_words(picture, random)
-        return Row(self.tokenizer.encode_finely(words)[: limit - 1], [], None, concept(picture))
+        text = picture_words(picture) if self.split != "train" else some_words(picture, random)
+        return Row(self.tokenizer.encode_finely(text)[: limit - 1], [], None, concept(picture))
 
 
 def concept(picture: Picture) -> int:

@@ -1,0 +1,49 @@
+"""Pictures and texts as bags: what they are found by beside the trunk's reading of them.
+
+From a few thousand captioned pictures, a transformer learns by heart which are which before it learns what makes them
+so. Sums generalise further: a picture is a linear map of its mean patch, a text the sum of its pieces' vectors (Joulin
+et al. 2016, arXiv 1607.01759, classify by such sums), and a picture's sum foretells the pieces of its words.
+
+Shape suffixes: B rows, T text positions, P image patches, C channels of a patch, S width of a sum, V text pieces, W
+pieces of a picture's words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.initialise import Linear, Vocabulary
+
+ABSENT = -100  # stands in words_BW where a row has fewer
+
+
+class Bags(nn.Module):
+    """Maps and tables of its own: nothing is shared with the trunk."""
+
+    def __init__(self, config: ModelConfig, *key: object):
+        super().__init__()
+        self.image = Linear(config.image_channels, config.bag_width, config.init_std, *key, "bag of patches")
+        self.words = Vocabulary(config.text_vocab, config.bag_width, config.init_std, *key, "bag of pieces")
+
+    def forward(self, tokens_BT: Tensor, source_B: Tensor, image_BPC: Tensor, has_image_B: Tensor) -> Tensor:
+        """[B, S]: of each row's picture, or of its source if it has none. Image codes count for nothing."""
+        place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        vocab = len(self.words.weight)
+        within_BT = (place_T < source_B[:, None]) & (tokens_BT < vocab)
+        pieces_BTS = self.words(tokens_BT.clamp(max=vocab - 1))
+        text_BS = (pieces_BTS * within_BT[..., None]).sum(1)
+        image_BS = self.image(image_BPC.to(text_BS.dtype).mean(1))
+        return torch.where(has_image_B[:, None], image_BS, text_BS)
+
+    def likely_words(self, x_BS: Tensor) -> Tensor:
+        """Logarithms of probabilities [B, V], fp32: which pieces a sum foretells."""
+        return self.words(x_BS).float().log_softmax(-1)
+
+
+def words_loss(logs_BV: Tensor, words_BW: Tensor) -> Tensor:
+    """What the pieces of each row's words cost on average, [B] (nats); 0 for a row without."""
+    known_BW = words_BW != ABSENT
+    log_BW = logs_BV.gather(1, words_BW.clamp(min=0)).masked_fill(~known_BW, 0)
+    return -log_BW.sum(1) / known_BW.sum(1).clamp(min=1)

@@ -1,0 +1,93 @@
+"""What pictures and texts are found by, as numbers: cosines of two kinds of vectors, and of words.
+
+Words of a picture are the pieces that its bag foretells (`model/bags.py`); words of a text are its own, the rarer the
+weightier. Only the MOST likeliest are kept: the rest changes nothing that can be measured.
+
+Shape suffixes: N pictures or texts, M others, D width of the vectors, W words, V text pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.bags import Bags
+from model.contrast import embed
+from training.data.tokenizer import Tokenizer
+
+MOST = 256
+# What the three cosines weigh, chosen on validation families (docs/LOG.md): of trunks, of bags and of words.
+TRUNK, BAG, WORDS = 0.2, 0.2, 0.6
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Of N pictures or texts: two kinds of vectors, side by side, and words with their weights; -1 is no word.
+
+    All are scaled so that their products add up to a weighted mean of cosines.
+    """
+
+    vectors_ND: np.ndarray  # float32
+    words_NW: np.ndarray  # int32
+    weights_NW: np.ndarray  # float32
+
+    @classmethod
+    def of(cls, trunk_ND: Tensor, bag_NS: Tensor | None, bags: Bags | None) -> Embeddings:
+        """Of a model's `summaries`, with the words that its bags foretell, if it has any."""
+        trunk_ND = embed(trunk_ND)
+        if bag_NS is None or bags is None:
+            return cls(trunk_ND.cpu().numpy(), *_no_words(len(trunk_ND), 0))
+        vectors_ND = torch.cat((trunk_ND * TRUNK**0.5, embed(bag_NS) * BAG**0.5), 1)
+        # The square roots of probabilities are a vector of length one.
+        roots_NV = (bags.likely_words(bag_NS) / 2).exp()
+        weights_NW, words_NW = roots_NV.topk(min(MOST, roots_NV.shape[1]))
+        return cls(vectors_ND.cpu().numpy(), words_NW.int().cpu().numpy(), (weights_NW * WORDS**0.5).cpu().numpy())
+
+    def saying(self, texts: Sequence[str], tokenizer: Tokenizer) -> Embeddings:
+        """The same vectors, with these texts' words."""
+        words_NW, weights_NW = _no_words(len(texts), self.words_NW.shape[1])
+        for number, text in enumerate(texts):
+            words = tokenizer.words(text)
+            rarity = np.array([tokenizer.rarity(word) for word in words], np.float32)
+            rarity *= WORDS**0.5 / max(np.linalg.norm(rarity), 1e-6)
+            rarest = np.argsort(-rarity, kind="stable")[: words_NW.shape[1]]
+            words_NW[number, : len(rarest)], weights_NW[number, : len(rarest)] = np.take(words, rarest), rarity[rarest]
+        return Embeddings(self.vectors_ND, words_NW, weights_NW)
+
+    def __len__(self) -> int:
+        return len(self.vectors_ND)
+
+    def __getitem__(self, chosen: slice | Sequence[int]) -> Embeddings:
+        return Embeddings(*(array[chosen] for array in self.arrays()))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.vectors_ND, self.words_NW, self.weights_NW
+
+    @classmethod
+    def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:
+        if not parts:
+            return cls(np.zeros((0, 0), np.float32), *_no_words(0, 0))
+        return cls(*(np.concatenate(arrays) for arrays in zip(*(part.arrays() for part in parts), strict=True)))
+
+    def similarity(self, others: Embeddings) -> np.ndarray:
+        """float32 [N, M], from -1 to 1."""
+        similarity_NM = self.vectors_ND @ others.vectors_ND.T
+        known_NW = self.words_NW >= 0
+        if not known_NW.any() or not (others.words_NW >= 0).any():
+            return similarity_NM
+        spread_V = np.zeros(max(self.words_NW.max(), others.words_NW.max()) + 1, np.float32)
+        weights_NW = np.where(known_NW, self.weights_NW, 0)
+        for other, (words_W, weights_W) in enumerate(zip(others.words_NW, others.weights_NW, strict=True)):
+            own_W = words_W >= 0
+            spread_V[words_W[own_W]] = weights_W[own_W]
+            similarity_NM[:, other] += (weights_NW * spread_V[self.words_NW]).sum(1)
+            spread_V[words_W[own_W]] = 0
+        return similarity_NM
+
+
+def _no_words(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((count, width), -1, np.int32), np.zeros((count, width), np.float32)
