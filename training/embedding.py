@@ -8,7 +8,7 @@ Shape suffixes: N pictures or texts, M others, D width of the vectors, W words, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,15 +47,15 @@ class Embeddings:
         weights_NW, words_NW = roots_NV.topk(min(MOST, roots_NV.shape[1]))
         return cls(vectors_ND.cpu().numpy(), words_NW.int().cpu().numpy(), (weights_NW * WORDS**0.5).cpu().numpy())
 
-    def saying(self, texts: Sequence[str], tokenizer: Tokenizer) -> Embeddings:
-        """The same vectors, with these texts' words."""
+    def saying(self, texts: Sequence[str], tokenizer: Tokenizer, rarity: Mapping[int, float]) -> Embeddings:
+        """The same vectors, with these texts' words. Words that have no rarity were never taught, and left out."""
         words_NW, weights_NW = _no_words(len(texts), self.words_NW.shape[1])
         for number, text in enumerate(texts):
-            words = tokenizer.words(text)
-            rarity = np.array([tokenizer.rarity(word) for word in words], np.float32)
-            rarity *= WORDS**0.5 / max(np.linalg.norm(rarity), 1e-6)
-            rarest = np.argsort(-rarity, kind="stable")[: words_NW.shape[1]]
-            words_NW[number, : len(rarest)], weights_NW[number, : len(rarest)] = np.take(words, rarest), rarity[rarest]
+            words = [word for word in tokenizer.words(text) if word in rarity]
+            words = sorted(words, key=lambda word: -rarity[word])[: words_NW.shape[1]]
+            weights = np.array([rarity[word] for word in words], np.float32)
+            words_NW[number, : len(words)] = words
+            weights_NW[number, : len(words)] = weights * (WORDS**0.5 / max(np.linalg.norm(weights), 1e-6))
         return Embeddings(self.vectors_ND, words_NW, weights_NW)
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ from training.data.images import opaque, read_file, read_image, read_original, r
 from training.data.rows import clean, clean_lines
 from training.data.tasks import Row
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS
-from training.data.tasks.contrast import Contrast
+from training.data.tasks.contrast import Contrast, word_rarity
 from training.data.tasks.draw import draw_prompt
 from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
 from training.embedding import Embeddings
 from training.errors import UserError
-from training.export import CONFIG, load_checkpoint, load_exported, read_description
+from training.export import CONFIG, load_checkpoint, load_exported, read_description, read_rarity
 from training.image_folder import load_image_tokenizer
 from training.recipe import Recipe
 from training.run import checkpoints_of, chosen_checkpoints
@@ -111,13 +111,14 @@ class M6:
         text_positions: int,
         step: int,
         recipe: Recipe | None = None,
+        rarity: Mapping[int, float] | None = None,
     ):
         """`features`: None for a model that takes pixels. `text_positions`: what rows had in training at the most.
 
-        `recipe`: that of the run; an export has none.
+        `recipe`: that of the run; an export has none. `rarity`: of pieces in the captions of training, for bags.
         """
         self.network, self.tokenizer, self.features, self.text_positions = network, tokenizer, features, text_positions
-        self.step, self.recipe = step, recipe
+        self.step, self.recipe, self.rarity = step, recipe, rarity or {}
         self.batch_of = Batcher(tokenizer, self.shape, self._look)
 
     @classmethod
@@ -136,7 +137,8 @@ class M6:
         if corpus.fingerprint != manifest["data"] or corpus.tokenizer.sha256 != manifest["tokenizer"]:
             raise UserError(f"{place}: it was trained on other data than {corpus.folder}; give its own with --data")
         features = PatchFeatures(corpus.feature_network) if recipe.model_shape().image_input == "features" else None
-        return cls(network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe)
+        rarity = word_rarity(corpus) if network.bags else None
+        return cls(network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe, rarity)
 
     @classmethod
     def _of_export(cls, folder: Path) -> M6:
@@ -147,7 +149,8 @@ class M6:
             raise UserError(f"{folder}: its tokenizer or its feature network is not the one that {CONFIG} names")
         device: int | str = 0 if torch.cuda.is_available() else "cpu"
         network = load_exported(folder, {"": device})
-        return cls(network, tokenizer, features, described.text_positions, described.step)
+        rarity = read_rarity(folder) if network.bags else None
+        return cls(network, tokenizer, features, described.text_positions, described.step, rarity=rarity)
 
     @property
     def shape(self) -> ModelConfig:
@@ -420,7 +423,7 @@ class M6:
         most = min(Contrast.positions, self.text_positions) - 1
         cleaned = [self._cleaned(text) for text in texts]
         found = self._embed([Row(self.tokenizer.encode_finely(text)[:most], [], None, 0) for text in cleaned])
-        return found.saying(cleaned, self.tokenizer) if self.network.bags else found
+        return found.saying(cleaned, self.tokenizer, self.rarity) if self.network.bags else found
 
     @torch.no_grad()
     def _embed(self, rows: Sequence[Row]) -> Embeddings:

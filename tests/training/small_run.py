@@ -13,6 +13,7 @@ from training.data.corpus import Corpus
 from training.data.features import PatchFeatures
 from training.data.order import GlobalOrder
 from training.data.tasks import TASKS
+from training.data.tasks.contrast import word_rarity
 from training.trained import M6
 
 WEIGHTS = {"contrast": 1}
@@ -38,7 +39,8 @@ def train_small(corpus: Corpus) -> M6:
         optimizer.step()
         optimizer.zero_grad()
     features = PatchFeatures(corpus.feature_network)
-    return M6(network.eval().requires_grad_(False), corpus.tokenizer, features, POSITIONS, STEPS)
+    trained = network.eval().requires_grad_(False)
+    return M6(trained, corpus.tokenizer, features, POSITIONS, STEPS, rarity=word_rarity(corpus))
 
 
 def write_pictures(corpus: Corpus, rows: list[int], folder: Path) -> list[Path]:

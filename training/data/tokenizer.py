@@ -85,10 +85,6 @@ class Tokenizer:
         lower = text.lower()
         return sorted({*self.encode(lower), *self.encode_finely(lower)} - set(self.encode(" ")))
 
-    def rarity(self, piece: int) -> float:
-        """Minus the logarithm of how often the piece stands in the texts that the tokenizer was trained on."""
-        return -self._processor.get_score(piece)
-
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special ids say nothing and are skipped."""
         return self._processor.decode([int(i) for i in ids if i >= SPECIAL_IDS])

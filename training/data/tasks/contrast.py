@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections import Counter
 
 import numpy as np
 
+from training.data.corpus import Corpus
 from training.data.rows import Picture
 from training.data.tasks.base import Random, Row, Task
 
@@ -27,11 +30,21 @@ class Contrast(Task):
     def row(self, item: int, limit: int, random: Random) -> Row:
         if item >= 0:
             picture = self.corpus.picture(item)
-            words = self.tokenizer.words(f"{picture_words(picture)} {picture.en}")
-            return Row([], [], self.view(item, random), concept(picture), words=words)
+            return Row([], [], self.view(item, random), concept(picture), words=_all_words(self.corpus, picture))
         picture = self.corpus.picture(~item)
         text = picture_words(picture) if self.split != "train" else some_words(picture, random)
         return Row(self.tokenizer.encode_finely(text)[: limit - 1], [], None, concept(picture))
+
+
+def word_rarity(corpus: Corpus) -> dict[int, float]:
+    """Each piece of the training pictures' words: ln((1 + N) / (1 + pictures with it)) + 1, as usual in TF-IDF."""
+    pictures = [corpus.picture(int(row)) for row in corpus.picture_rows("train")]
+    seen = Counter(piece for picture in pictures for piece in _all_words(corpus, picture))
+    return {piece: math.log((1 + len(pictures)) / (1 + count)) + 1 for piece, count in sorted(seen.items())}
+
+
+def _all_words(corpus: Corpus, picture: Picture) -> list[int]:
+    return corpus.tokenizer.words(f"{picture_words(picture)} {picture.en}")
 
 
 def concept(picture: Picture) -> int:
