@@ -95,7 +95,7 @@ def test_shared_layers_train_under_the_engine(sample_corpus: Corpus, tmp_path: P
 def test_contrastive_groups_do_not_depend_on_the_layout(sample_corpus: Corpus, tmp_path: Path) -> None:
     """Few steps: a sharp softmax over cosines multiplies rounding."""
     mixture = {"tasks": {"contrast": 2, "caption": 1, "match": 1, "ask": 1}, "contrast_pairs": 2}
-    changes, data = {"model": NARROW, **mixture}, sample_corpus.folder.parent
+    changes, data = {"model": NARROW | {"bag_width": 32}, **mixture}, sample_corpus.folder.parent
     results = [
         run_ranks(world, ranks.train, data, tmp_path, ranks.settings(ranks.CPU, parallel), changes, 4)[0]
         for world, parallel in ((2, 2), (1, 1))

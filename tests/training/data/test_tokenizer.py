@@ -62,3 +62,11 @@ def test_not_a_model(tmp_path):
     for name in ("x.model", "missing.model"):
         with pytest.raises(UserError, match=name):
             Tokenizer(tmp_path / name)
+
+
+def test_words_are_pieces_of_either_cut_in_lower_case_each_once(sample_corpus):
+    tokenizer = sample_corpus.tokenizer
+    found = tokenizer.words("红色 红色 RED")
+    assert found == tokenizer.words("红色 red") == sorted(set(found))
+    assert {*tokenizer.encode_finely("红色"), *tokenizer.encode("红色")} <= set(found)
+    assert not set(tokenizer.encode(" ")) & set(found) and tokenizer.words(" ") == []

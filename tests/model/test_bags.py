@@ -1,0 +1,108 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.bags import ABSENT, Bags, words_loss
+from model.contrast import WORTH, contrastive_loss
+from model.m6 import M6, last_positions
+from tests.model.samples import TINY
+
+LAW = settings(deadline=None, derandomize=True, max_examples=30)
+CONFIG = dataclasses.replace(TINY, bag_width=12)
+
+
+@pytest.fixture(scope="module")
+def bags() -> Bags:
+    found = Bags(CONFIG, 3)
+    torch.nn.init.normal_(found.image.bias)
+    return found
+
+
+def rows_of(lengths, seed=0):
+    """Text rows of these source lengths, each third a picture's, and targets after each source."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(0, CONFIG.vocab, (len(lengths), 9), generator=generator)
+    image_BPC = torch.randn(len(lengths), CONFIG.image_patches, CONFIG.image_channels, generator=generator)
+    return tokens_BT, torch.tensor(lengths), image_BPC, torch.arange(len(lengths)) % 3 == 0
+
+
+@LAW
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(0, 99))
+def test_a_bag_is_the_sum_of_the_sources_pieces_or_the_map_of_the_mean_patch(bags, lengths, seed):
+    tokens_BT, source_B, image_BPC, has_image_B = rows_of(lengths, seed)
+    found = bags(tokens_BT, source_B, image_BPC, has_image_B)
+    for row, length in enumerate(lengths):
+        if has_image_B[row]:
+            expected = bags.image.weight @ image_BPC[row].mean(0) + bags.image.bias
+        else:
+            pieces = [token for token in tokens_BT[row, :length].tolist() if token < CONFIG.text_vocab]
+            expected = sum((bags.words.weight[piece] for piece in pieces), torch.zeros(CONFIG.bag_width))
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_pieces_and_of_patches_does_not_matter(bags):
+    tokens_BT, source_B, image_BPC, has_image_B = rows_of([9] * 6)
+    turned = bags(tokens_BT.flip(1), source_B, image_BPC.flip(1), has_image_B)
+    torch.testing.assert_close(turned, bags(tokens_BT, source_B, image_BPC, has_image_B))
+
+
+def test_what_words_cost_is_the_mean_over_those_that_there_are():
+    logs_BV = torch.randn(3, 10).log_softmax(-1)
+    words_BW = torch.tensor([[1, 9, 4], [0, ABSENT, ABSENT], [ABSENT] * 3])
+    found = words_loss(logs_BV, words_BW)
+    torch.testing.assert_close(found[0], -(logs_BV[0, 1] + logs_BV[0, 9] + logs_BV[0, 4]) / 3)
+    torch.testing.assert_close(found[1], -logs_BV[1, 0])
+    assert found[2] == 0
+
+
+def grouped_batch():
+    tokens_BT, _, image_BPC, _ = rows_of([5] * 6, seed=5)
+    words_BW = torch.full((6, 4), ABSENT)
+    words_BW[1, :2], words_BW[3, :4] = torch.tensor([7, 8]), torch.tensor([1, 2, 3, 4])
+    return {
+        "tokens_BT": tokens_BT % CONFIG.text_vocab, "labels_BT": torch.full_like(tokens_BT, -100),
+        "source_B": torch.tensor([5, 0, 5, 0, 5, 5]), "length_B": torch.tensor([6, 1, 6, 1, 6, 6]),
+        "image_BPC": image_BPC, "has_image_B": torch.tensor([False, True, False, True, False, False]),
+        "group_B": torch.tensor([0, 0, 0, 0, -1, -1]), "concept_B": torch.tensor([4, 4, 6, 6, -1, -1]),
+        "words_BW": words_BW,
+    }  # fmt: skip
+
+
+def test_a_rows_loss_is_the_sum_of_its_parts():
+    batch = grouped_batch()
+    model = M6(CONFIG, seed=2)
+    own = [batch[name] for name in ("tokens_BT", "source_B", "length_B", "image_BPC", "has_image_B")]
+    trunk_BD = last_positions(model.hidden_states(*own)[0][:, CONFIG.image_patches :], batch["length_B"])
+    bag_BS = model.bags(*(batch[name] for name in ("tokens_BT", "source_B", "image_BPC", "has_image_B")))
+    group = [batch[name] for name in ("has_image_B", "group_B", "concept_B")]
+    words_B = words_loss((bag_BS @ model.bags.words.weight.T).log_softmax(-1), batch["words_BW"])
+    expected = WORTH * (contrastive_loss(trunk_BD, *group) + contrastive_loss(bag_BS, *group) + words_B)
+    torch.testing.assert_close(model(batch)["loss_B"], expected)
+    assert words_B.count_nonzero() == 2 and (expected[4:] == 0).all()
+
+
+def test_bags_and_trunk_teach_each_other_nothing():
+    """The trunk's gradient is that of a model without bags."""
+    batch = grouped_batch()
+    plain, model = M6(TINY, seed=2), M6(CONFIG, seed=2)
+    for each in (plain, model):
+        each(batch)["loss_B"].sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+    assert gradients["bags.words.weight"].abs().sum() > 0 and gradients["bags.image.weight"].abs().sum() > 0
+
+
+def test_a_batch_without_groups_leaves_bags_a_gradient_of_zero():
+    """Every rank runs the same modules and has the same gradients to reduce."""
+    batch = grouped_batch()
+    batch["labels_BT"][:, 2] = 5
+    batch["group_B"].fill_(-1)
+    batch["words_BW"] = batch["words_BW"][:, :0]
+    model = M6(CONFIG, seed=2)
+    model(batch)["loss_B"].sum().backward()
+    for parameter in model.bags.parameters():
+        assert parameter.grad is not None and (parameter.grad == 0).all()
