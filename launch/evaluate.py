@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -15,9 +16,12 @@ from training.data.corpus import Corpus
 from training.errors import UserError
 from training.evaluation import FOLDER, OF_FILES, Figures, Samples, tables, write_evaluation
 from training.files import replace
+from training.judge import judge_of
 from training.rivals import ridge
 from training.run import home_of
 from training.trained import M6
+
+T = TypeVar("T")
 
 
 def evaluate(
@@ -76,7 +80,9 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
     shown: dict[str, Any] = {"sayings": [], "counts": {}}
     if m.recipe and m.recipe.image_tokenizer and {"draw", "inpaint"} & m.recipe.tasks.keys():
         tell("drawing")
-        shown |= samples.drawings(m, corpus, split, Path(m.recipe.image_tokenizer))
+        judge = _kept(home, lambda cache: judge_of(corpus, cache))
+        drawn, figures["drawing"] = samples.drawings(m, corpus, split, Path(m.recipe.image_tokenizer), judge)
+        shown |= drawn
     if _learned(m, "contrast"):
         tell("finding pictures and texts")
         figures |= _finding(m, corpus, split, home, rows, pairs)
@@ -112,15 +118,20 @@ def _learned(m: M6, task: str) -> bool:
 
 def _finding(m: M6, corpus: Corpus, split: str, home: Path, rows: list[int], pairs: list[quality.Pair]) -> Figures:
     own, recalls = quality.measure_retrieval(quality.similarities(m, pairs), pairs)
-    try:
-        features = ridge.pooled_features(corpus, home / "cache")
-    except OSError as error:
-        raise UserError(f"{home / 'cache'}: cannot be written to ({error.strerror})") from None
+    features = _kept(home, lambda cache: ridge.pooled_features(corpus, cache))
     retriever = ridge.fit(corpus, features, ["train", "validation"] if split == "test" else ["train"])
     similarity = retriever.similarity(features[rows], [pair.words for pair in pairs])
     rival, rivals_recalls = quality.measure_retrieval(similarity, pairs)
     above = quality.beside(recalls, rivals_recalls, pairs)
     return {"retrieval": own, "retrieval_ridge": rival, "retrieval_above_ridge": above}
+
+
+def _kept(home: Path, make: Callable[[Path], T]) -> T:
+    """What is made once and kept in a corpus' home."""
+    try:
+        return make(home / "cache")
+    except OSError as error:
+        raise UserError(f"{home / 'cache'}: cannot be written to ({error.strerror})") from None
 
 
 def _writing(m: M6, corpus: Corpus, split: str, kind: str) -> Figures:

@@ -153,7 +153,13 @@ class Evaluation(NamedTuple):
 
 def tables(figures: Figures) -> list[Table]:
     """What was measured, each figure beside its trivial rivals, with 95 % intervals."""
-    found = [_finding(figures), _naming(figures.get("caption")), _answering(figures.get("answers")), _writing(figures)]
+    found = [
+        _finding(figures),
+        _naming(figures.get("caption")),
+        _answering(figures.get("answers")),
+        _drawing(figures.get("drawing")),
+        _writing(figures),
+    ]
     return [table for table in found if table.rows]
 
 
@@ -204,6 +210,23 @@ def _answering(answers: Figures | None) -> Table:
     ]
     note = "Share of questions answered exactly; plain ones are asked without a picture."
     return Table("Answering", note, ["question", "this run", "commonest answer", "a blank image", "of"], rows)
+
+
+def _drawing(drawing: Figures | None) -> Table:
+    rows = []
+    if drawing:
+        names = {"drawn": "this run's drawings", "shuffled": "the same, with others' words"}
+        names |= {"real_pictures": "real pictures", "own_codes": "real pictures, from their own codes"}
+        rows = [
+            [Cell(name), _cell(drawing[who]["right"], drawing[who]["interval"]), Cell(f"{drawing['n']:,}")]
+            for who, name in names.items()
+        ]
+        rows.append([Cell("drawings above others' words"), _difference(drawing["above_shuffled"]), Cell("")])
+    note = (
+        "Share of pictures whose words a judge tells from nine others'. It is a small network, trained on training "
+        "pictures' pixels and words alone."
+    )
+    return Table("Drawing", note, ["", "told right", "of"], rows)
 
 
 def _writing(figures: Figures) -> Table:

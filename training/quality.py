@@ -44,6 +44,7 @@ STYLE = "fluent-3d"  # of the figures: one picture a concept
 BLANK = Image.new("RGB", (128, 128), "white")
 TEXT_TASKS = {"denoise", "language", "poem", "review"}
 TEXTS = 1000  # of each kind
+CHOICES = 10  # among which a drawing's words are to be told
 SEED = 0
 
 Report = dict[str, Any]
@@ -220,6 +221,46 @@ def _answers(m: M6, kind: str, questions: Sequence[tuple[Picture, Question]]) ->
         blank = m.answers([(question.text, BLANK) for _, question in questions])
         report["blank_image"] = accuracy(blank, true).accuracy
     return report
+
+
+# ---- drawings
+
+
+def measure_drawings(
+    similarity: Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray],
+    drawn: Sequence[Image.Image],
+    coded: Sequence[Image.Image],
+    pairs: Sequence[Pair],
+) -> Report:
+    """How often a judge's `similarity` tells each drawing's words from those of CHOICES - 1 other families.
+
+    Beside it real pictures of those words, the same from their own codes, and the drawings with others' words.
+    """
+    words, families = [pair.words for pair in pairs], [pair.family for pair in pairs]
+    choices = [_choices(place, families) for place in range(len(pairs))]
+    looked_at = {"drawn": drawn, "own_codes": coded, "real_pictures": [pair.image for pair in pairs]}
+    hits = {who: _told(similarity(pictures, words), choices) for who, pictures in looked_at.items()}
+    turned = [[choice[1], choice[0], *choice[2:]] for choice in choices]  # another's words are taken for the right ones
+    hits["shuffled"] = _told(similarity(drawn, words), turned)
+    found = {who: bootstrap(of, families) for who, of in hits.items()}
+    return {
+        **{who: {"right": one.value, "interval": _ends(one)} for who, one in found.items()},
+        "above_shuffled": vars(paired_bootstrap(hits["drawn"], hits["shuffled"], families)),
+        "choices": CHOICES,
+        "n": len(pairs),
+    }
+
+
+def _choices(place: int, families: Sequence[str]) -> list[int]:
+    """A place, then others of other families, drawn by lot."""
+    others = [other for other, family in enumerate(families) if family != families[place]]
+    return [place, *random_at(SEED, place).permutation(others)[: CHOICES - 1].tolist()]
+
+
+def _told(similarity: np.ndarray, choices: Sequence[list[int]]) -> np.ndarray:
+    """float64: 1 for each picture that fits the first of its choices better than any other."""
+    fits = [similarity[place, choice] for place, choice in enumerate(choices)]
+    return np.array([float((one[0] > one[1:]).all()) for one in fits])
 
 
 # ---- texts

@@ -18,15 +18,18 @@ from training.data.corpus import Corpus
 from training.data.features import as_array, as_picture, augmented
 from training.data.order import random_at, shuffled
 from training.data.tasks.ask import Ask
+from training.data.tasks.contrast import word_rarity
 from training.evaluation import Drawing, Hit, Saying, Search, picture_uri
 from training.image_folder import load_image_codes, load_image_tokenizer
+from training.judge import Judge
 from training.quality import SEED, Pair
 from training.trained import M6, Hand, Style
 
 CAPTIONS, QUESTIONS, TEXTS = 24, 12, 4
 ASKED = 48  # pictures, out of whose questions QUESTIONS are chosen
 CHINESE, ENGLISH, HITS = 5, 3, 6  # queries, and pictures for each
-DRAWINGS, OF_TRAINING = 12, 4  # words to draw, and how many of them are a training picture's
+DRAWINGS, OF_TRAINING = 12, 4  # drawings to show, and how many of them are of a training picture's words
+JUDGED = 64  # words of held-out pictures that are drawn for the figures, the shown ones among them
 TRIES = 8  # of a drawing, of which the best is shown
 
 Counted = tuple[list[Saying], tuple[int, int]]  # chosen ones; how many of all are right, and of how many
@@ -107,25 +110,32 @@ def _search(pairs: Sequence[Pair], wanted: int, query: str, similarity: np.ndarr
     return Search(query=query, picture=found, hits=hits, rank=right.index(True) + 1, of=len(pairs))
 
 
-def drawings(m: M6, corpus: Corpus, split: str, folder: Path) -> dict[str, Any]:
-    """Drawings of held-out and of some trained words, given the image tokenizer's folder: fields of `Samples`.
+def drawings(m: M6, corpus: Corpus, split: str, folder: Path, judge: Judge) -> tuple[dict[str, Any], quality.Report]:
+    """Drawings of held-out and of some trained words, given the image tokenizer's folder: fields of `Samples`, figures.
 
     Beside each the training picture that is nearest. How near a copy is, and what was not copied, is told by training
     and by held-out pictures that were drawn from their own codes. Raises UserError for a tokenizer that is not whole.
     """
     nearest = Nearest(corpus, folder)
     held_out, trained = (quality.picture_rows(corpus, one) for one in (split, "train"))
-    chosen = [(held_out[n], False) for n in some(DRAWINGS - OF_TRAINING, len(held_out), "draw")]
-    chosen += [(trained[n], True) for n in some(OF_TRAINING, len(trained), "draw")]
+    judged = [held_out[n] for n in some(JUDGED, len(held_out), "draw")]
+    shown = [trained[n] for n in some(OF_TRAINING, len(trained), "draw")]
+    drawn = {row: m.draw(corpus.picture(row).zh, Hand(pictures=1, tries=TRIES))[0] for row in judged + shown}
+    rarity = word_rarity(corpus)
+    figures = quality.measure_drawings(
+        lambda pictures, texts: judge.similarity(pictures, texts, corpus.tokenizer, rarity),
+        [drawn[row] for row in judged],
+        nearest.drawn(judged),
+        [quality.pair_of(corpus.picture(row)) for row in judged],
+    )
     found = []
-    for row, is_trained in chosen:
-        words = corpus.picture(row).zh
-        [picture] = m.draw(words, Hand(pictures=1, tries=TRIES))
+    for row in judged[: DRAWINGS - OF_TRAINING] + shown:
+        words, picture = corpus.picture(row).zh, drawn[row]
         [(place, distance)] = nearest([picture])
         twin = corpus.picture(place)
         drawing = Drawing(
             words=words,
-            trained=is_trained,
+            trained=row in shown,
             picture=picture_uri(picture),
             nearest=picture_uri(twin.pil()),
             nearest_words=twin.zh,
@@ -136,7 +146,7 @@ def drawings(m: M6, corpus: Corpus, split: str, folder: Path) -> dict[str, Any]:
     for kind, rows in (("held_out", held_out), ("copied", trained)):
         again = nearest.drawn([rows[n] for n in some(ASKED, len(rows), "distance")])
         usual[f"distance_{kind}"] = float(np.median([distance for _, distance in nearest(again)]))
-    return {"drawings": found, **usual}
+    return {"drawings": found, **usual}, figures
 
 
 class Nearest:

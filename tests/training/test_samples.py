@@ -11,6 +11,7 @@ from training import quality, samples
 from training.data.corpus import Corpus
 from training.data.features import augmented
 from training.data.tasks.ask import KIND
+from training.judge import Judge
 from training.recipe import TASK_NAMES
 from training.samples import Nearest, some_of_both
 from training.trained import M6
@@ -94,7 +95,10 @@ def test_drawings_stand_beside_their_nearest(
         update={"tasks": dict.fromkeys(TASK_NAMES, 1.0), "image_tokenizer": str(painter)}
     )
     make_checkpoints(tmp_path / "run" / "checkpoints", recipe, sample_corpus, 2)
-    found = samples.drawings(M6.load(tmp_path / "run"), sample_corpus, "test", painter)
+    monkeypatch.setattr(samples, "JUDGED", 4)
+    judge = Judge(sample_corpus.tokenizer.vocab_size).eval()
+    found, figures = samples.drawings(M6.load(tmp_path / "run"), sample_corpus, "test", painter, judge)
+    assert figures["n"] == 4 and 0 <= figures["drawn"]["right"] <= 1
     drawings = found["drawings"]
     held_out = {sample_corpus.picture(row).zh for row in quality.picture_rows(sample_corpus, "test")}
     assert [one.words in held_out for one in drawings] == [True, True, False]
