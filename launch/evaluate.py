@@ -79,8 +79,10 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
     figures: Figures = {}
     shown: dict[str, Any] = {"sayings": [], "counts": {}}
     if m.recipe and m.recipe.image_tokenizer and {"draw", "inpaint"} & m.recipe.tasks.keys():
+        judge = _kept(
+            home, lambda cache: judge_of(corpus, cache, lambda n, of: tell(f"training a judge: {n:,} of {of:,}"))
+        )
         tell("drawing")
-        judge = _kept(home, lambda cache: judge_of(corpus, cache))
         drawn, figures["drawing"] = samples.drawings(m, corpus, split, Path(m.recipe.image_tokenizer), judge)
         shown |= drawn
     if _learned(m, "contrast"):
