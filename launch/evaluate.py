@@ -79,11 +79,7 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
     figures: Figures = {}
     shown: dict[str, Any] = {"sayings": [], "counts": {}}
     if m.recipe and m.recipe.image_tokenizer and {"draw", "inpaint"} & m.recipe.tasks.keys():
-        judge = _kept(
-            home, lambda cache: judge_of(corpus, cache, lambda n, of: tell(f"training a judge: {n:,} of {of:,}"))
-        )
-        tell("drawing")
-        drawn, figures["drawing"] = samples.drawings(m, corpus, split, Path(m.recipe.image_tokenizer), judge)
+        drawn, figures["drawing"] = _drawing(m, corpus, split, home, Path(m.recipe.image_tokenizer), tell)
         shown |= drawn
     if _learned(m, "contrast"):
         tell("finding pictures and texts")
@@ -134,6 +130,17 @@ def _kept(home: Path, make: Callable[[Path], T]) -> T:
         return make(home / "cache")
     except OSError as error:
         raise UserError(f"{home / 'cache'}: cannot be written to ({error.strerror})") from None
+
+
+def _drawing(
+    m: M6, corpus: Corpus, split: str, home: Path, tokenizer: Path, tell: quality.Tell
+) -> tuple[dict[str, Any], Figures]:
+    def learning(done: int, of: int) -> None:
+        tell(f"training a judge of drawings: step {done:,} of {of:,}")
+
+    judge = _kept(home, lambda cache: judge_of(corpus, cache, learning))
+    tell("drawing")
+    return samples.drawings(m, corpus, split, tokenizer, judge)
 
 
 def _writing(m: M6, corpus: Corpus, split: str, kind: str) -> Figures:
