@@ -114,7 +114,9 @@ def search(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("reading pictures", total=None)
-        changed = index.update(m, lambda done, of: bars.update(bar, completed=done, total=of))
+        changed = index.update(
+            m, lambda done, of: bars.update(bar, completed=done, total=of), lambda: _keep(index, place)
+        )
     if changed:
         _keep(index, place)
     for problem in index.skipped:

@@ -9,15 +9,16 @@ Shape suffixes: N pictures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from training.data.images import SUFFIXES, read_picture
 from training.data.rows import clean
@@ -27,12 +28,22 @@ from training.files import replace
 from training.trained import M6
 
 DETAILS = 0.5  # what the model's own words about a picture weigh beside the picture
-VECTORS, ENTRIES = "vectors.safetensors", "entries.json"
+FILE = "index.safetensors"  # vectors, and as its metadata whose they are: one file, so that both are of one time
 SEEN, SAID, ARRAYS = "image", "details", ("vectors", "words", "weights")
-BATCH = 32
+BATCH, KEPT = 32, 16  # pictures that are read at once; batches after which what was read is worth keeping
 THUMBNAIL, CAPTION = 160, 18  # pixels
 
-Entry = dict[str, str | int]  # name, size, changed (ns), details
+
+class Entry(NamedTuple):
+    """A picture's file, as it was when it was read, and what the model said of it."""
+
+    name: str  # within the folder
+    size: int
+    changed: int  # ns
+    details: str
+
+
+_ENTRIES = TypeAdapter(list[Entry])
 
 
 @dataclass(frozen=True)
@@ -60,36 +71,45 @@ class Index:
         """The index that is kept at `place`, or an empty one if it is missing, of another model or not whole."""
         fresh = cls(folder, identity)
         try:
-            kept = json.loads((place / ENTRIES).read_text(encoding="utf-8"))
-            vectors = load_file(place / VECTORS)
-            entries = kept["entries"]
-            seen, said = (_embeddings(vectors, kind) for kind in (SEEN, SAID))
-            own = (kept["identity"], kept["folder"]) == (identity, str(folder.resolve()))
-            if own and {len(array) for part in (seen, said) for array in part.arrays()} == {len(entries)}:
-                return cls(folder, identity, entries, seen, said)
+            with safe_open(place / FILE, framework="numpy") as file:
+                if (kept := file.metadata()) | fresh._owner() != kept:
+                    return fresh
+                entries = _ENTRIES.validate_json(kept["entries"])
+                seen, said = (
+                    Embeddings(*(file.get_tensor(f"{kind}.{name}") for name in ARRAYS)) for kind in (SEEN, SAID)
+                )
         except (OSError, ValueError, LookupError, TypeError, SafetensorError):
-            pass
-        return fresh
+            return fresh
+        whole = {len(array) for part in (seen, said) for array in part.arrays()} == {len(entries)}
+        return cls(folder, identity, entries, seen, said) if whole else fresh
+
+    def _owner(self) -> dict[str, str]:
+        return {"identity": self.identity, "folder": str(self.folder.resolve())}
 
     def save(self, place: Path) -> None:
-        """Keep it at `place`, a folder of its own."""
+        """Keep it at `place`, a folder of its own, in place of what was kept there. Raises OSError."""
         place.mkdir(parents=True, exist_ok=True)
         assert self.seen and self.said
-        kept = {"identity": self.identity, "folder": str(self.folder.resolve()), "entries": self.entries}
-        (place / ENTRIES).unlink(missing_ok=True)  # vectors of other entries are worse than none
-        save_file(_named(self.seen, SEEN) | _named(self.said, SAID), place / VECTORS)
-        replace(place / ENTRIES, json.dumps(kept, ensure_ascii=False))
+        arrays = _named(self.seen, SEEN) | _named(self.said, SAID)
+        kept = self._owner() | {"entries": _ENTRIES.dump_json(self.entries).decode()}
+        replace(place / FILE, save(arrays, metadata=kept))
 
-    def update(self, m: M6, advance: Callable[[int, int], object] = lambda done, of: None) -> int:
+    def update(
+        self,
+        m: M6,
+        advance: Callable[[int, int], object] = lambda done, of: None,
+        keep: Callable[[], object] = lambda: None,
+    ) -> int:
         """Take in what is new or changed in the folder, and out what is gone; returns how many pictures were taken in.
 
-        `advance` is told how many of the new ones are done. Raises UserError if there is no picture at all.
+        `advance` is told how many of the new ones are done; `keep` is called every KEPT batches, when the index holds
+        what has been read. Raises UserError if there is no picture at all.
         """
         found = {str(path.relative_to(self.folder)): path for path in pictures_in(self.folder)}
         known = {
-            str(entry["name"]): place
+            entry.name: place
             for place, entry in enumerate(self.entries)
-            if str(entry["name"]) in found and _unchanged(found[str(entry["name"])], entry)
+            if entry.name in found and _unchanged(found[entry.name], entry)
         }
         new = [name for name in found if name not in known]
         kept = list(known.values())
@@ -99,14 +119,24 @@ class Index:
             own, images = self._read([found[name] for name in new[start : start + BATCH]])
             if images:
                 details = details_of(m, images)
-                entries += [entry | {"details": text} for entry, text in zip(own, details, strict=True)]
+                entries += [entry._replace(details=text) for entry, text in zip(own, details, strict=True)]
                 seen.append(m.embed_images(images))
                 said.append(m.embed_texts(details))
             advance(min(start + BATCH, len(new)), len(new))
+            if entries and (start // BATCH + 1) % KEPT == 0:
+                seen, said = self._hold(entries, seen, said)
+                keep()
         if not entries:
             raise UserError(f"{self.folder}: no picture there{f' ({self.skipped[0]})' if self.skipped else ''}")
-        self.entries, self.seen, self.said = entries, Embeddings.joined(seen), Embeddings.joined(said)
+        self._hold(entries, seen, said)
         return len(entries) - len(kept)
+
+    def _hold(
+        self, entries: list[Entry], seen: list[Embeddings], said: list[Embeddings]
+    ) -> tuple[list[Embeddings], list[Embeddings]]:
+        """Be what was gathered; each kind's parts are then one."""
+        self.entries, self.seen, self.said = entries, Embeddings.joined(seen), Embeddings.joined(said)
+        return [self.seen], [self.said]
 
     def _read(self, paths: Sequence[Path]) -> tuple[list[Entry], list[Image.Image]]:
         entries: list[Entry] = []
@@ -118,8 +148,7 @@ class Index:
             except (OSError, UserError) as error:
                 self.skipped.append(str(error))
                 continue
-            name = str(path.relative_to(self.folder))
-            entries.append({"name": name, "size": state.st_size, "changed": state.st_mtime_ns})
+            entries.append(Entry(str(path.relative_to(self.folder)), state.st_size, state.st_mtime_ns, ""))
         return entries, images
 
     def search(self, m: M6, query: str, most: int) -> list[Hit]:
@@ -130,8 +159,7 @@ class Index:
         score_N = (image_N + DETAILS * details_N) / (1 + DETAILS)
         best = np.argsort(-score_N, kind="stable")[:most]
         return [
-            Hit(self.folder / str(self.entries[n]["name"]), float(score_N[n]), str(self.entries[n]["details"]))
-            for n in best.tolist()
+            Hit(self.folder / self.entries[n].name, float(score_N[n]), self.entries[n].details) for n in best.tolist()
         ]
 
 
@@ -154,13 +182,9 @@ def _named(embeddings: Embeddings, kind: str) -> dict[str, np.ndarray]:
     return {f"{kind}.{name}": array for name, array in zip(ARRAYS, embeddings.arrays(), strict=True)}
 
 
-def _embeddings(vectors: dict[str, np.ndarray], kind: str) -> Embeddings:
-    return Embeddings(*(vectors[f"{kind}.{name}"] for name in ARRAYS))
-
-
 def _unchanged(path: Path, entry: Entry) -> bool:
     state = path.stat()
-    return (state.st_size, state.st_mtime_ns) == (entry["size"], entry["changed"])
+    return (state.st_size, state.st_mtime_ns) == (entry.size, entry.changed)
 
 
 def contact_sheet(hits: Sequence[Hit], columns: int = 4) -> Image.Image:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.training.small_run import write_pictures
+from training import search
 from training.data.corpus import Corpus
 from training.errors import UserError
-from training.search import ENTRIES, VECTORS, Index, contact_sheet, pictures_in
+from training.search import FILE, Index, contact_sheet, pictures_in
 from training.trained import M6
 
 
@@ -71,14 +73,19 @@ def test_only_what_is_new_or_changed_is_read_again(m: M6, folder: Path, tmp_path
     assert kept == pytest.approx({hit.path: hit.score for hit in fresh.search(m, "蓝色", 99)}, abs=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["vectors", "entries", "other model", "other folder", "fewer vectors"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "other entries", "nothing but vectors", "other model", "other folder", "fewer vectors"]
+)
 def test_an_index_that_does_not_fit_is_built_anew(m: M6, folder: Path, tmp_path: Path, damage: str) -> None:
     place = tmp_path / "index"
     index, _ = indexed(m, folder, place)
-    if damage == "vectors":
-        (place / VECTORS).write_bytes(b"x")
-    elif damage == "entries":
-        (place / ENTRIES).write_text('{"entries": 5}')
+    if damage == "cut off":
+        (place / FILE).write_bytes((place / FILE).read_bytes()[:-9])
+    elif damage == "other entries":
+        arrays, entries = load_file(place / FILE), '[["a.png", "large", 1, ""]]'
+        save_file(arrays, place / FILE, {**index._owner(), "entries": entries})
+    elif damage == "nothing but vectors":
+        save_file(load_file(place / FILE), place / FILE)
     elif damage == "fewer vectors":
         assert index.seen and index.said
         index.seen, index.said = index.seen[:3], index.said[:3]
@@ -89,6 +96,29 @@ def test_an_index_that_does_not_fit_is_built_anew(m: M6, folder: Path, tmp_path:
         place, elsewhere if damage == "other folder" else folder, "x" if damage == "other model" else m.identity
     )
     assert opened.entries == [] and opened.seen is None
+
+
+def test_an_index_that_is_cut_off_goes_on_from_what_was_kept(
+    m: M6, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "BATCH", 4)
+    monkeypatch.setattr(search, "KEPT", 2)
+    place = tmp_path / "index"
+    index = Index.open(place, folder, m.identity)
+
+    def killed(done: int, of: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index.update(m, killed, lambda: index.save(place))
+    assert list(place.iterdir()) == [place / FILE]
+    opened, read = indexed(m, folder, place)
+    assert read == 24 - 16 and len(opened.entries) == 24
+    fresh = Index(folder, m.identity)
+    fresh.update(m)
+    scores = {hit.path: hit.score for hit in fresh.search(m, "蓝色", 99)}
+    assert scores == pytest.approx({hit.path: hit.score for hit in opened.search(m, "蓝色", 99)}, abs=1e-5)
 
 
 def test_files_that_are_no_pictures_are_passed_over_and_named(m: M6, folder: Path) -> None:
