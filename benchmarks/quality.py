@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +36,67 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("test", "validation"))
     parser.add_argument("--data", default="data")
     arguments = parser.parse_args()
+    figures = [_figures(run, arguments.split) for run in arguments.runs]
     corpus = Corpus.open(arguments.data)
-    print(f"corpus {corpus.fingerprint[:16]}, {arguments.split} split, {len(arguments.runs)} runs")
-    _finding(corpus, arguments.runs, arguments.split, Path(arguments.data) / "cache")
-    _others([json.loads((home_of(run) / FOLDER / FIGURES).read_text()) for run in arguments.runs])
+    steps = ", ".join(f"{run} at step {one['step']:,}" for run, one in zip(arguments.runs, figures, strict=True))
+    print(f"corpus {corpus.fingerprint[:16]}, {arguments.split} split: {steps}")
+    _finding(corpus, arguments, [one["step"] for one in figures])
+    _others(figures)
 
 
-def _finding(corpus: Corpus, runs: list[str], split: str, cache: Path) -> None:
-    rows = quality.picture_rows(corpus, split)
+def _figures(run: str, split: str) -> dict[str, Any]:
+    """What `m6 eval` left of a run."""
+    path = home_of(run) / FOLDER / FIGURES
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("split") != split:
+        sys.exit(f"{path}: no figures of the {split} split there: m6 eval --run {run} --split {split}")
+    return found
+
+
+def _finding(corpus: Corpus, arguments: argparse.Namespace, steps: list[int]) -> None:
+    rows = quality.picture_rows(corpus, arguments.split)
     pairs = [quality.pair_of(corpus.picture(row)) for row in rows]
     names, families = [pair.name for pair in pairs], [pair.family for pair in pairs]
-    features = ridge.pooled_features(corpus, cache)
-    retriever = ridge.fit(corpus, features, ["train", "validation"] if split == "test" else ["train"])
-    rival = retrieval(retriever.similarity(features[rows], [pair.words for pair in pairs]), names, names)
-    own = [retrieval(quality.similarities(M6.load(run), pairs), names, names) for run in runs]
-    print(
-        "\n| | | mean of the runs | each | ridge retriever | difference | not better |\n|---|---|---|---|---|---|---|"
-    )
-    for title, way in WAYS.items():
-        for k in (1, 5, 10):
-            each = [getattr(found, way).hits_Q(k) for found in own]
-            mean_Q, rival_Q = np.mean(each, 0), getattr(rival, way).hits_Q(k)
-            ours, beside = bootstrap(mean_Q, families), paired_bootstrap(mean_Q, rival_Q, families)
-            print(
-                f"| {title} | R@{k} | {ours.value:.3f} ({ours.low:.3f} to {ours.high:.3f}) "
-                f"| {' '.join(f'{hits.mean():.3f}' for hits in each)} | {rival_Q.mean():.3f} "
-                f"| {beside.difference:+.3f} ({beside.low:+.3f} to {beside.high:+.3f}) | {beside.not_better:.3f} |"
-            )
+    of = zip(arguments.runs, steps, strict=True)
+    models = [M6.load(run, step, arguments.data) for run, step in of]
+    own = [retrieval(quality.similarities(m, pairs), names, names) for m in models]
+    features = {
+        "ridge, 144 px": ridge.pooled_features(corpus, Path(arguments.data) / "cache"),
+        "ridge, stored features": ridge.stored_features(corpus),
+    }
+    for rival, of_ND in features.items():
+        retriever = ridge.fit(corpus, of_ND, ["train", "validation"] if arguments.split == "test" else ["train"])
+        other = retrieval(retriever.similarity(of_ND[rows], [pair.words for pair in pairs]), names, names)
+        print(f"\n| | | mean of the runs | each | {rival} | difference | not better |\n|" + "---|" * 7)
+        for title, way in WAYS.items():
+            for k in (1, 5, 10):
+                each = [getattr(found, way).hits_Q(k) for found in own]
+                mean_Q, rival_Q = np.mean(each, 0), getattr(other, way).hits_Q(k)
+                ours, beside = bootstrap(mean_Q, families), paired_bootstrap(mean_Q, rival_Q, families)
+                print(
+                    f"| {title} | R@{k} | {ours.value:.3f} ({ours.low:.3f} to {ours.high:.3f}) "
+                    f"| {' '.join(f'{hits.mean():.3f}' for hits in each)} | {rival_Q.mean():.3f} "
+                    f"| {beside.difference:+.3f} ({beside.low:+.3f} to {beside.high:+.3f}) | {beside.not_better:.3f} |"
+                )
 
 
 def _others(figures: list[dict[str, Any]]) -> None:
-    print("\n| figure | " + " | ".join(f"run {number}" for number in range(1, len(figures) + 1)) + " |")
-    print("|---|" + "---|" * len(figures))
-    for name in dict.fromkeys(name for one in figures for name in _flat(one)):
-        print(f"| {name} | " + " | ".join(_shown(_flat(one).get(name)) for one in figures) + " |")
+    print("\n| figure | mean | " + " | ".join(f"run {number}" for number in range(1, len(figures) + 1)) + " |")
+    print("|---|" + "---|" * (len(figures) + 1))
+    flat = [_flat(one) for one in figures]
+    for name in dict.fromkeys(name for one in flat for name in one):
+        values = [one[name] for one in flat if name in one]
+        print(
+            f"| {name} | " + " | ".join(map(_shown, (np.mean(values).item(), *(one.get(name) for one in flat)))) + " |"
+        )
 
 
 def _flat(figures: Any, name: str = "") -> dict[str, float]:
     """Every number but those of intervals and of finding, by its path."""
     if isinstance(figures, dict):
-        left_out = ("interval", "intervals", "samples", "retrieval", "retrieval_ridge", "retrieval_above_ridge")
-        parts = (_flat(part, f"{name} {key}".strip()) for key, part in figures.items() if key not in left_out)
+        left_out = ("interval", "intervals", "samples")
+        kept = {key: part for key, part in figures.items() if key not in left_out and not key.startswith("retrieval")}
+        parts = (_flat(part, f"{name} {key}".strip()) for key, part in kept.items())
         return {key: value for part in parts for key, value in part.items()}
     return {name: figures} if isinstance(figures, int | float) else {}
 

@@ -20,19 +20,19 @@ ABSENT = -100  # stands in words_BW where a row has fewer
 
 
 class Bags(nn.Module):
-    """Maps and tables of its own: nothing is shared with the trunk."""
+    """A map and a table of its own: no weight is shared with the trunk."""
 
     def __init__(self, config: ModelConfig, *key: object):
         super().__init__()
+        self.vocab = config.text_vocab
         self.image = Linear(config.image_channels, config.bag_width, config.init_std, *key, "bag of patches")
         self.words = Vocabulary(config.text_vocab, config.bag_width, config.init_std, *key, "bag of pieces")
 
     def forward(self, tokens_BT: Tensor, source_B: Tensor, image_BPC: Tensor, has_image_B: Tensor) -> Tensor:
         """[B, S]: of each row's picture, or of its source if it has none. Image codes count for nothing."""
         place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        vocab = len(self.words.weight)
-        within_BT = (place_T < source_B[:, None]) & (tokens_BT < vocab)
-        pieces_BTS = self.words(tokens_BT.clamp(max=vocab - 1))
+        within_BT = (place_T < source_B[:, None]) & (tokens_BT < self.vocab)
+        pieces_BTS = self.words(tokens_BT.clamp(max=self.vocab - 1))
         text_BS = (pieces_BTS * within_BT[..., None]).sum(1)
         image_BS = self.image(image_BPC.to(text_BS.dtype).mean(1))
         return torch.where(has_image_B[:, None], image_BS, text_BS)

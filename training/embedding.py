@@ -49,10 +49,10 @@ class Embeddings:
 
     def saying(self, texts: Sequence[str], tokenizer: Tokenizer, rarity: Mapping[int, float]) -> Embeddings:
         """The same vectors, with these texts' words. Words that have no rarity were never taught, and left out."""
-        words_NW, weights_NW = _no_words(len(texts), self.words_NW.shape[1])
-        for number, text in enumerate(texts):
-            words = [word for word in tokenizer.words(text) if word in rarity]
-            words = sorted(words, key=lambda word: -rarity[word])[: words_NW.shape[1]]
+        known = [[word for word in tokenizer.words(text) if word in rarity] for text in texts]
+        words_NW, weights_NW = _no_words(len(texts), min(max(map(len, known), default=0), MOST))
+        for number, own in enumerate(known):
+            words = sorted(own, key=lambda word: -rarity[word])[:MOST]
             weights = np.array([rarity[word] for word in words], np.float32)
             words_NW[number, : len(words)] = words
             weights_NW[number, : len(words)] = weights * (WORDS**0.5 / max(np.linalg.norm(weights), 1e-6))
@@ -71,10 +71,19 @@ class Embeddings:
     def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:
         if not parts:
             return cls(np.zeros((0, 0), np.float32), *_no_words(0, 0))
-        return cls(*(np.concatenate(arrays) for arrays in zip(*(part.arrays() for part in parts), strict=True)))
+        width = max(part.words_NW.shape[1] for part in parts)
+        words_NW, weights_NW = _no_words(sum(map(len, parts)), width)
+        start = 0
+        for part in parts:
+            rows, own = slice(start, start + len(part)), part.words_NW.shape[1]
+            words_NW[rows, :own], weights_NW[rows, :own] = part.words_NW, part.weights_NW
+            start += len(part)
+        return cls(np.concatenate([part.vectors_ND for part in parts]), words_NW, weights_NW)
 
     def similarity(self, others: Embeddings) -> np.ndarray:
         """float32 [N, M], from -1 to 1."""
+        if not len(self) or not len(others):
+            return np.zeros((len(self), len(others)), np.float32)
         similarity_NM = self.vectors_ND @ others.vectors_ND.T
         known_NW = self.words_NW >= 0
         if not known_NW.any() or not (others.words_NW >= 0).any():

@@ -167,17 +167,18 @@ def _finding(figures: Figures) -> Table:
     rows = []
     for way in figures.get("retrieval", {}):
         title = way.replace("_to_", " → ")
-        for who, key in (("this run", "retrieval"), ("ridge retriever", "retrieval_ridge")):
-            if key in figures:
-                one = figures[key][way]
+        for who, key in {"this run": "", "ridge, 144 px": "_ridge", "ridge, stored features": "_ridge_stored"}.items():
+            if f"retrieval{key}" in figures:
+                one = figures[f"retrieval{key}"][way]
                 cells = [_cell(one[f"r{k}"], one["intervals"][f"r{k}"]) for k in (1, 5, 10)]
                 rows.append([Cell(title), Cell(who), *cells, Cell(f"{one['n']:,}")])
-        if "retrieval_above_ridge" in figures:
-            above = figures["retrieval_above_ridge"][way]
-            rows.append([Cell(title), Cell("difference"), *(_difference(above[f"r{k}"]) for k in (1, 5, 10)), Cell("")])
+            if f"retrieval_above{key}" in figures:
+                above = figures[f"retrieval_above{key}"][way]
+                differences = [_difference(above[f"r{k}"]) for k in (1, 5, 10)]
+                rows.append([Cell(title), Cell("run above it"), *differences, Cell("")])
     note = (
-        "Share of queries whose counterpart is among the first 1, 5 or 10. The ridge retriever is a linear map of the "
-        "pictures' frozen features."
+        "Share of queries whose counterpart is among the first 1, 5 or 10. The ridge retrievers are linear maps of the "
+        "pictures' frozen features: of a smaller view, the rival of old, and of what this run sees."
     )
     return Table("Finding", note, ["", "", "R@1", "R@5", "R@10", "of"], rows)
 

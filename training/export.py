@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
 from huggingface_hub import split_torch_state_dict_into_shards
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -44,6 +44,7 @@ CODES = {"fp32": "F32", "bf16": "BF16"}  # as safetensors has it
 CHUNK = 2**22  # elements that are read, rounded and written at once
 
 Placement = dict[str, int | str]
+Rarity = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Description(BaseModel):
@@ -273,7 +274,7 @@ def read_description(folder: Path) -> Description:
 def read_rarity(folder: Path) -> dict[int, float]:
     """Of an export. Raises UserError."""
     try:
-        return TypeAdapter(dict[int, float]).validate_json((folder / RARITY).read_bytes())
+        return TypeAdapter(dict[int, Rarity]).validate_json((folder / RARITY).read_bytes())
     except (OSError, ValidationError) as error:
         raise UserError(f"{folder / RARITY}: cannot be read ({one_line(str(error))}); export anew") from None
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from model.bags import ABSENT, words_loss
@@ -26,6 +26,7 @@ from training.data.corpus import Corpus
 from training.data.features import as_array, augmented
 from training.data.tasks.contrast import picture_words
 from training.data.tokenizer import Tokenizer
+from training.files import replace
 from training.rivals.ridge import FLAGS
 
 SIDE = 64  # px
@@ -33,6 +34,7 @@ CHANNELS = (32, 64, 128, 256)
 EPOCHS, BATCH, RATE, DECAY = 16, 64, 4e-3, 0.05
 SHIFT = 4  # px that a picture is moved by at the most, beside its stored views
 SEED = 0
+VERSION = 1  # of all that decides a judge's weights but the corpus
 
 Advance = Callable[[int, int], object]  # steps done, of how many
 
@@ -75,14 +77,14 @@ def _stage(inputs: int, outputs: int) -> list[nn.Module]:
 
 def judge_of(corpus: Corpus, cache: Path, advance: Advance = lambda done, of: None) -> Judge:
     """The judge of a corpus, from the folder `cache` or trained now and kept there. Raises OSError."""
-    path = cache / f"judge-{corpus.fingerprint[:16]}.safetensors"
+    path = cache / f"judge-{VERSION}-{corpus.fingerprint[:16]}.safetensors"
     judge = Judge(corpus.tokenizer.vocab_size)
     try:
         judge.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError):
         judge = train_judge(corpus, advance)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(judge.state_dict(), path)
+        replace(path, save(judge.state_dict()))
     return judge.eval().requires_grad_(False)
 
 

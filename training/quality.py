@@ -234,33 +234,38 @@ def measure_drawings(
 ) -> Report:
     """How often a judge's `similarity` tells each drawing's words from those of CHOICES - 1 other families.
 
-    Beside it real pictures of those words, the same from their own codes, and the drawings with others' words.
+    Beside it real pictures of those words, the same from their own codes, and chance: the drawings with others' words
+    alone, of which one is taken for theirs.
     """
     words, families = [pair.words for pair in pairs], [pair.family for pair in pairs]
     choices = [_choices(place, families) for place in range(len(pairs))]
     looked_at = {"drawn": drawn, "own_codes": coded, "real_pictures": [pair.image for pair in pairs]}
     hits = {who: _told(similarity(pictures, words), choices) for who, pictures in looked_at.items()}
-    turned = [[choice[1], choice[0], *choice[2:]] for choice in choices]  # another's words are taken for the right ones
-    hits["shuffled"] = _told(similarity(drawn, words), turned)
+    hits["shuffled"] = _told(similarity(drawn, words), [_others(place, families) for place in range(len(pairs))])
     found = {who: bootstrap(of, families) for who, of in hits.items()}
     return {
         **{who: {"right": one.value, "interval": _ends(one)} for who, one in found.items()},
         "above_shuffled": vars(paired_bootstrap(hits["drawn"], hits["shuffled"], families)),
-        "choices": CHOICES,
+        "choices": min(map(len, choices)),
         "n": len(pairs),
     }
 
 
 def _choices(place: int, families: Sequence[str]) -> list[int]:
     """A place, then others of other families, drawn by lot."""
+    return [place, *_others(place, families)[: CHOICES - 1]]
+
+
+def _others(place: int, families: Sequence[str]) -> list[int]:
+    """CHOICES places of other families, drawn by lot."""
     others = [other for other, family in enumerate(families) if family != families[place]]
-    return [place, *random_at(SEED, place).permutation(others)[: CHOICES - 1].tolist()]
+    return random_at(SEED, place).permutation(others)[:CHOICES].astype(int).tolist()
 
 
 def _told(similarity: np.ndarray, choices: Sequence[list[int]]) -> np.ndarray:
     """float64: 1 for each picture that fits the first of its choices better than any other."""
     fits = [similarity[place, choice] for place, choice in enumerate(choices)]
-    return np.array([float((one[0] > one[1:]).all()) for one in fits])
+    return np.array([float(len(one) > 1 and (one[0] > one[1:]).all()) for one in fits])
 
 
 # ---- texts

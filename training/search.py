@@ -9,20 +9,22 @@ Shape suffixes: N pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from PIL import Image, ImageDraw
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from training.data.images import SUFFIXES, read_picture
 from training.data.rows import clean
-from training.embedding import Embeddings
+from training.embedding import BAG, TRUNK, WORDS, Embeddings
 from training.errors import UserError
 from training.files import replace
 from training.trained import M6
@@ -30,7 +32,9 @@ from training.trained import M6
 DETAILS = 0.5  # what the model's own words about a picture weigh beside the picture
 FILE = "index.safetensors"  # vectors, and as its metadata whose they are: one file, so that both are of one time
 SEEN, SAID, ARRAYS = "image", "details", ("vectors", "words", "weights")
-BATCH, KEPT = 32, 16  # pictures that are read at once; batches after which what was read is worth keeping
+NAMES = [f"{kind}.{name}" for kind in (SEEN, SAID) for name in ARRAYS]
+BATCH = 32  # pictures that are read at once
+PAUSE = 60.0  # s, after which what was read since is worth keeping
 THUMBNAIL, CAPTION = 160, 18  # pixels
 
 
@@ -41,9 +45,6 @@ class Entry(NamedTuple):
     size: int
     changed: int  # ns
     details: str
-
-
-_ENTRIES = TypeAdapter(list[Entry])
 
 
 @dataclass(frozen=True)
@@ -68,30 +69,33 @@ class Index:
 
     @classmethod
     def open(cls, place: Path, folder: Path, identity: str) -> Index:
-        """The index that is kept at `place`, or an empty one if it is missing, of another model or not whole."""
+        """The index that is kept at `place`, or an empty one if it is missing, of another model or damaged."""
         fresh = cls(folder, identity)
         try:
             with safe_open(place / FILE, framework="numpy") as file:
-                if (kept := file.metadata()) | fresh._owner() != kept:
-                    return fresh
-                entries = _ENTRIES.validate_json(kept["entries"])
-                seen, said = (
-                    Embeddings(*(file.get_tensor(f"{kind}.{name}") for name in ARRAYS)) for kind in (SEEN, SAID)
-                )
+                kept = file.metadata()
+                arrays = {name: file.get_tensor(name) for name in sorted(NAMES)}
+            listed = kept["entries"]
+            if kept != fresh._owner() | {"entries": listed, "digest": _digest(arrays, listed)}:
+                return fresh
+            entries = [Entry(*entry) for entry in json.loads(listed)]
         except (OSError, ValueError, LookupError, TypeError, SafetensorError):
             return fresh
-        whole = {len(array) for part in (seen, said) for array in part.arrays()} == {len(entries)}
-        return cls(folder, identity, entries, seen, said) if whole else fresh
+        seen, said = (Embeddings(*(arrays[f"{kind}.{name}"] for name in ARRAYS)) for kind in (SEEN, SAID))
+        return cls(folder, identity, entries, seen, said)
 
     def _owner(self) -> dict[str, str]:
-        return {"identity": self.identity, "folder": str(self.folder.resolve())}
+        weights = f"{TRUNK} {BAG} {WORDS}"
+        return {"identity": self.identity, "folder": ascii(str(self.folder.resolve())), "weights": weights}
 
     def save(self, place: Path) -> None:
         """Keep it at `place`, a folder of its own, in place of what was kept there. Raises OSError."""
         place.mkdir(parents=True, exist_ok=True)
         assert self.seen and self.said
-        arrays = _named(self.seen, SEEN) | _named(self.said, SAID)
-        kept = self._owner() | {"entries": _ENTRIES.dump_json(self.entries).decode()}
+        both = (*self.seen.arrays(), *self.said.arrays())
+        arrays = dict(zip(NAMES, both, strict=True))
+        entries = json.dumps(self.entries)
+        kept = self._owner() | {"entries": entries, "digest": _digest(arrays, entries)}
         replace(place / FILE, save(arrays, metadata=kept))
 
     def update(
@@ -102,8 +106,8 @@ class Index:
     ) -> int:
         """Take in what is new or changed in the folder, and out what is gone; returns how many pictures were taken in.
 
-        `advance` is told how many of the new ones are done; `keep` is called every KEPT batches, when the index holds
-        what has been read. Raises UserError if there is no picture at all.
+        `advance` is told how many of the new ones are done; `keep` is called every PAUSE, when the index holds what
+        has been read. Raises UserError if there is no picture at all.
         """
         found = {str(path.relative_to(self.folder)): path for path in pictures_in(self.folder)}
         known = {
@@ -113,7 +117,9 @@ class Index:
         }
         new = [name for name in found if name not in known]
         kept = list(known.values())
-        entries = [self.entries[place] for place in kept]
+        if self.entries and not new and len(kept) == len(self.entries):
+            return 0
+        entries, held = [self.entries[place] for place in kept], time.monotonic()
         seen, said = ([part[kept]] if part else [] for part in (self.seen, self.said))
         for start in range(0, len(new), BATCH):
             own, images = self._read([found[name] for name in new[start : start + BATCH]])
@@ -123,9 +129,10 @@ class Index:
                 seen.append(m.embed_images(images))
                 said.append(m.embed_texts(details))
             advance(min(start + BATCH, len(new)), len(new))
-            if entries and (start // BATCH + 1) % KEPT == 0:
+            if entries and time.monotonic() - held > PAUSE:
                 seen, said = self._hold(entries, seen, said)
                 keep()
+                held = time.monotonic()
         if not entries:
             raise UserError(f"{self.folder}: no picture there{f' ({self.skipped[0]})' if self.skipped else ''}")
         self._hold(entries, seen, said)
@@ -142,13 +149,18 @@ class Index:
         entries: list[Entry] = []
         images = []
         for path in paths:
+            name = str(path.relative_to(self.folder))
             try:
+                name.encode()
+                state = path.stat()  # before it is read: if it changes meanwhile, it is read again next time
                 images.append(read_picture(path))
-                state = path.stat()
+            except UnicodeEncodeError:
+                self.skipped.append(f"{name!a}: its name is not UTF-8: rename it")
+                continue
             except (OSError, UserError) as error:
                 self.skipped.append(str(error))
                 continue
-            entries.append(Entry(str(path.relative_to(self.folder)), state.st_size, state.st_mtime_ns, ""))
+            entries.append(Entry(name, state.st_size, state.st_mtime_ns, ""))
         return entries, images
 
     def search(self, m: M6, query: str, most: int) -> list[Hit]:
@@ -178,12 +190,19 @@ def details_of(m: M6, images: Sequence[Image.Image]) -> list[str]:
     return [clean(" ".join(said)) or "?" for said in both]
 
 
-def _named(embeddings: Embeddings, kind: str) -> dict[str, np.ndarray]:
-    return {f"{kind}.{name}": array for name, array in zip(ARRAYS, embeddings.arrays(), strict=True)}
+def _digest(arrays: Mapping[str, np.ndarray], entries: str) -> str:
+    digest = xxhash.xxh3_128(entries.encode())
+    for name in NAMES:
+        digest.update(f"{arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
 def _unchanged(path: Path, entry: Entry) -> bool:
-    state = path.stat()
+    try:
+        state = path.stat()
+    except OSError:
+        return False
     return (state.st_size, state.st_mtime_ns) == (entry.size, entry.changed)
 
 

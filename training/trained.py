@@ -158,8 +158,8 @@ class M6:
 
     @property
     def identity(self) -> str:
-        """Equal for equal weights."""
-        digest = xxhash.xxh3_128()
+        """Equal for models that see the same in a picture and a text: weights, feature network, and rarity of words."""
+        digest = xxhash.xxh3_128(repr((self.features and self.features.sha256, sorted(self.rarity.items()))).encode())
         for weight in self.network.state_dict().values():
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -338,7 +338,7 @@ class M6:
     def _draw_in_order(self, text: str, hand: Hand) -> list[Image.Image]:
         painter = self._painter("draw")
         cells = painter.config.grid**2
-        row = Row(self._prompt(draw_prompt(text), fine=True)[: self.text_positions - cells], [self.tokenizer.eos_id])
+        row = Row(self._drawn(text, self.text_positions - cells), [self.tokenizer.eos_id])
         twin = Row(self._prompt(draw_prompt(""), fine=True), [self.tokenizer.eos_id])
         settings = Decoding(
             cells, self._codes(painter), None, answers=hand.tries, temperature=hand.temperature, top_k=hand.top_k,
@@ -398,9 +398,15 @@ class M6:
     def _controlled(self, painter: ImageTokenizer, text: str, reference: Picture | None) -> Row:
         """A row of task `inpaint` whose codes are all masked."""
         grid = [self.tokenizer.mask_id] * painter.config.grid**2
-        prompt = self._prompt(draw_prompt(text), fine=True)
         seen = None if reference is None else self._picture(reference)
-        return Row([*grid, *prompt][: self.text_positions - 1], [], seen)
+        return Row([*grid, *self._drawn(text, self.text_positions - 1 - len(grid))], [], seen)
+
+    def _drawn(self, text: str, room: int) -> list[int]:
+        """The prompt for a drawing."""
+        prompt = self._prompt(draw_prompt(text), fine=True)
+        if len(prompt) > room:
+            raise UserError(f"the text has {len(prompt)} tokens, and beside a drawing's codes there is room for {room}")
+        return prompt
 
     def _codes(self, painter: ImageTokenizer) -> range:
         """The vocabulary's entries of its codes."""

@@ -135,7 +135,7 @@ def test_evaluation_of_the_corpus_stands_beside_its_rivals(
         done = run("eval", "--run", "first", "--split", split, "--json", "out.json")
         report = json.loads((home / "out.json").read_text())
         assert report["step"] == 3 and report["split"] == split
-        for found in (report["retrieval"], report["retrieval_ridge"]):
+        for found in (report[f"retrieval{whose}"] for whose in ("", "_ridge", "_ridge_stored")):
             assert found["image_to_text"].keys() >= {"r1", "r5", "r10", "n", "chance_r10"}
         assert report["caption"].keys() >= {"exact", "chrf", "cider", "blank_image"}
         for kind in ("poem", "review"):

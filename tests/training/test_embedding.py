@@ -53,7 +53,10 @@ def test_parts_are_joined_and_taken_out_in_order() -> None:
     whole = Embeddings.joined([made(3, 1), made(2, 2)])
     assert len(whole) == 5
     np.testing.assert_array_equal(dense(whole[[4, 0]]), np.stack((dense(made(2, 2))[1], dense(made(3, 1))[0])))
-    assert len(Embeddings.joined([])) == 0
+    narrow = Embeddings(made(2, 3).vectors_ND, made(2, 3).words_NW[:, :2], made(2, 3).weights_NW[:, :2])
+    joined = dense(Embeddings.joined([narrow, made(3, 1)]))
+    np.testing.assert_array_equal(joined, np.concatenate((dense(narrow), dense(made(3, 1)))))
+    assert len(Embeddings.joined([])) == 0 and Embeddings.joined([]).similarity(made(3, 1)).shape == (0, 3)
 
 
 def test_a_pictures_score_is_a_weighted_mean_of_three_cosines(

@@ -61,8 +61,8 @@ def test_drawings_are_told_as_well_as_the_judge_sees(sight: str) -> None:
     assert found["n"] == 40 and found["choices"] == 10
     right = {who: found[who]["right"] for who in ("drawn", "own_codes", "real_pictures")}
     if sight == "sharp":
-        assert set(right.values()) == {1.0} and found["shuffled"]["right"] == 0
-        assert found["above_shuffled"]["low"] == 1
+        assert set(right.values()) == {1.0} and found["shuffled"]["right"] < 0.35
+        assert found["above_shuffled"]["low"] > 0.5
     elif sight == "lying":
         assert set(right.values()) == {0.0}
     else:

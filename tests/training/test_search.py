@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests.training.small_run import write_pictures
@@ -74,22 +76,25 @@ def test_only_what_is_new_or_changed_is_read_again(m: M6, folder: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut off", "other entries", "nothing but vectors", "other model", "other folder", "fewer vectors"]
+    "damage", ["cut off", "a bit", "no metadata", "other entries", "other model", "other folder", "other weights"]
 )
-def test_an_index_that_does_not_fit_is_built_anew(m: M6, folder: Path, tmp_path: Path, damage: str) -> None:
+def test_an_index_that_does_not_fit_is_built_anew(
+    m: M6, folder: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = tmp_path / "index"
-    index, _ = indexed(m, folder, place)
+    indexed(m, folder, place)
     if damage == "cut off":
         (place / FILE).write_bytes((place / FILE).read_bytes()[:-9])
-    elif damage == "other entries":
-        arrays, entries = load_file(place / FILE), '[["a.png", "large", 1, ""]]'
-        save_file(arrays, place / FILE, {**index._owner(), "entries": entries})
-    elif damage == "nothing but vectors":
+    elif damage == "a bit":
+        content = bytearray((place / FILE).read_bytes())
+        content[-5] ^= 4
+        (place / FILE).write_bytes(content)
+    elif damage == "no metadata":
         save_file(load_file(place / FILE), place / FILE)
-    elif damage == "fewer vectors":
-        assert index.seen and index.said
-        index.seen, index.said = index.seen[:3], index.said[:3]
-        index.save(place)
+    elif damage == "other entries":
+        save_file(load_file(place / FILE), place / FILE, metadata_of(place) | {"entries": "[]"})
+    elif damage == "other weights":
+        monkeypatch.setattr(search, "TRUNK", 0.3)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     opened = Index.open(
@@ -98,11 +103,49 @@ def test_an_index_that_does_not_fit_is_built_anew(m: M6, folder: Path, tmp_path:
     assert opened.entries == [] and opened.seen is None
 
 
+def metadata_of(place: Path) -> dict[str, str]:
+    with safe_open(place / FILE, framework="numpy") as file:
+        return dict(file.metadata())
+
+
+def test_pictures_that_change_vanish_or_have_strange_names(
+    m: M6, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, names = tmp_path / "index", sorted(folder.glob("*.png"))
+    strange = os.fsencode(folder) + b"/" + "你好.png".encode("gbk")
+    shutil.copyfile(names[0], strange)
+    read = search.read_picture
+    other = names[5].read_bytes()
+
+    def reads(path: Path) -> Image.Image:
+        picture = read(path)
+        if path == names[1]:
+            path.write_bytes(other)  # after it was read
+        return picture
+
+    monkeypatch.setattr(search, "read_picture", reads)
+    index, taken = indexed(m, folder, place)
+    assert taken == 24 and len(index.skipped) == 1 and "not UTF-8: rename it" in index.skipped[0]
+    assert index.skipped[0].isprintable()
+    monkeypatch.setattr(search, "read_picture", read)
+    assert indexed(m, folder, place)[1] == 1  # the one that changed
+    unchanged = search._unchanged
+
+    def vanishes(path: Path, entry: search.Entry) -> bool:
+        if path == names[2]:
+            path.unlink(missing_ok=True)
+        return unchanged(path, entry)
+
+    monkeypatch.setattr(search, "_unchanged", vanishes)
+    index, _ = indexed(m, folder, place)
+    assert len(index.entries) == 23
+
+
 def test_an_index_that_is_cut_off_goes_on_from_what_was_kept(
     m: M6, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "BATCH", 4)
-    monkeypatch.setattr(search, "KEPT", 2)
+    monkeypatch.setattr(search, "PAUSE", 0)
     place = tmp_path / "index"
     index = Index.open(place, folder, m.identity)
 

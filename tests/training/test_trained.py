@@ -258,6 +258,17 @@ def test_drawings_of_a_model_that_cannot_match(drawer: M6, monkeypatch: pytest.M
     assert len(drawer.draw("大红色圆", Hand(pictures=2, tries=3))) == 2
 
 
+def test_words_that_leave_a_drawing_no_room_are_refused_before_it_is_drawn(drawer: M6) -> None:
+    longest = "红" * (drawer.text_positions - 15)
+    message = r"the text has \d+ tokens, and beside a drawing's codes there is room for \d+"
+    rooms = []
+    for draw in (lambda: drawer.draw(longest), lambda: drawer.draw(longest, Hand(steps=2))):
+        with pytest.raises(UserError, match=message) as told:
+            draw()
+        rooms.append(int(str(told.value).split()[-1]))
+    assert rooms == [drawer.text_positions - 16, drawer.text_positions - 17]
+
+
 SCENE = Image.effect_noise((50, 40), 80).convert("RGB")
 QUICK = Hand(pictures=2, tries=3, steps=2)
 

@@ -132,7 +132,7 @@ class StepBatches:
 
     Micro-step j of a step holds positions [j·m·W, (j+1)·m·W) of it over all W ranks, rank r the r-th block of m:
     so the sets of rows that share a micro-batch are the same on any number of ranks. All ranks' batches of a
-    micro-step have one shape.
+    micro-step have one shape, but for the pictures' words.
     """
 
     def __init__(self, order: GlobalOrder, collate: Collator, micro_batch: int, rank: int, world: int):

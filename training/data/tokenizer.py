@@ -81,9 +81,13 @@ class Tokenizer:
         return [piece for part in _PARTS.findall(text) for piece in self.encode(part)]
 
     def words(self, text: str) -> list[int]:
-        """What a text is found by: its pieces whole and character by character, in lower case, each once."""
-        lower = text.lower()
-        return sorted({*self.encode(lower), *self.encode_finely(lower)} - set(self.encode(" ")))
+        """What a text is found by: its words' pieces, each once, of the words whole and of single Chinese characters.
+
+        In lower case, and every word as it stands after a space, so that it has the same pieces in any text.
+        """
+        parts = [f" {part}" for part in text.lower().split()]
+        pieces = {piece for part in parts for piece in (*self.encode(part), *self.encode_finely(part))}
+        return sorted(pieces - set(self.encode(" ")))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special ids say nothing and are skipped."""

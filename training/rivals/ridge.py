@@ -1,4 +1,4 @@
-"""The rival in retrieval: ridge regression from frozen image features to TF-IDF of a caption's characters.
+"""The rivals in retrieval: ridge regression from frozen image features to TF-IDF of a caption's characters.
 
 It sees the same pictures and words as a trained model, takes seconds, and finds more than half of unseen concepts
 among ten: a model that does not beat it is not worth showing. Sizes: N pictures, D features, V n-grams of characters.
@@ -66,6 +66,11 @@ def fit(corpus: Corpus, features_ND: np.ndarray, splits: Sequence[Split]) -> Rid
     pictures = [corpus.picture(int(row)) for row in rows]
     kept = [place for place, picture in enumerate(pictures) if picture.group != FLAGS]
     return RidgeRetriever(features_ND[rows[kept]], [picture_words(pictures[place]) for place in kept])
+
+
+def stored_features(corpus: Corpus) -> np.ndarray:
+    """float32 [pictures of the corpus, channels]: the mean patch of what models of this corpus are given."""
+    return np.stack([patches.astype(np.float32).mean(0) for patches in corpus.features[:, 0]])
 
 
 class PooledFeatures:
