@@ -11,6 +11,7 @@ pieces of a picture's words.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -40,6 +41,15 @@ class Bags(nn.Module):
     def likely_words(self, x_BS: Tensor) -> Tensor:
         """Logarithms of probabilities [B, V], fp32: which pieces a sum foretells."""
         return self.words(x_BS).float().log_softmax(-1)
+
+    def called_for(self, x_BS: Tensor) -> Tensor:
+        """Which pieces pictures of these sums call for more than an average one does: [B, V], rows of length 1.
+
+        By what square roots of probabilities exceed those of a picture without features: these are standardised.
+        """
+        average_1S = self.image(x_BS.new_zeros(1, self.image.in_features))
+        roots_BV, average_1V = ((self.likely_words(sums) / 2).exp() for sums in (x_BS, average_1S))
+        return F.normalize((roots_BV - average_1V).clamp_min(0), dim=-1)
 
 
 def words_loss(logs_BV: Tensor, words_BW: Tensor) -> Tensor:

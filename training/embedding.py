@@ -1,7 +1,7 @@
 """What pictures and texts are found by, as numbers: cosines of two kinds of vectors, and of words.
 
-Words of a picture are the pieces that its bag foretells (`model/bags.py`); words of a text are its own, the rarer the
-weightier. Only the MOST likeliest are kept: the rest changes nothing that can be measured.
+Words of a picture are the pieces that it calls for by its bag (`model/bags.py`); words of a text are its own, the rarer
+the weightier. Only the MOST weightiest are kept: the rest changes nothing that can be measured.
 
 Shape suffixes: N pictures or texts, M others, D width of the vectors, W words, V text pieces.
 """
@@ -20,8 +20,8 @@ from model.contrast import embed
 from training.data.tokenizer import Tokenizer
 
 MOST = 256
-# What the three cosines weigh, chosen on validation families (docs/LOG.md): of trunks, of bags and of words.
-TRUNK, BAG, WORDS = 0.2, 0.2, 0.6
+# What the three cosines weigh, of trunks, of bags and of words: chosen on validation families (docs/LOG.md, 34).
+TRUNK, BAG, WORDS = 0.05, 0.25, 0.7
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,13 @@ class Embeddings:
 
     @classmethod
     def of(cls, trunk_ND: Tensor, bag_NS: Tensor | None, bags: Bags | None) -> Embeddings:
-        """Of a model's `summaries`, with the words that its bags foretell, if it has any."""
+        """Of a model's `summaries`, with the words that pictures call for, if it has bags."""
         trunk_ND = embed(trunk_ND)
         if bag_NS is None or bags is None:
             return cls(trunk_ND.cpu().numpy(), *_no_words(len(trunk_ND), 0))
         vectors_ND = torch.cat((trunk_ND * TRUNK**0.5, embed(bag_NS) * BAG**0.5), 1)
-        # The square roots of probabilities are a vector of length one.
-        roots_NV = (bags.likely_words(bag_NS) / 2).exp()
-        weights_NW, words_NW = roots_NV.topk(min(MOST, roots_NV.shape[1]))
+        called_NV = bags.called_for(bag_NS)
+        weights_NW, words_NW = called_NV.topk(min(MOST, called_NV.shape[1]))
         return cls(vectors_ND.cpu().numpy(), words_NW.int().cpu().numpy(), (weights_NW * WORDS**0.5).cpu().numpy())
 
     def saying(self, texts: Sequence[str], tokenizer: Tokenizer, rarity: Mapping[int, float]) -> Embeddings:

@@ -106,3 +106,15 @@ def test_a_batch_without_groups_leaves_bags_a_gradient_of_zero():
     model(batch)["loss_B"].sum().backward()
     for parameter in model.bags.parameters():
         assert parameter.grad is not None and (parameter.grad == 0).all()
+
+
+def test_a_picture_calls_for_what_it_makes_likelier_than_usual(bags):
+    with torch.no_grad():
+        usual = bags(
+            *rows_of([0])[:2], torch.zeros(1, CONFIG.image_patches, CONFIG.image_channels), torch.tensor([True])
+        )
+        assert bags.called_for(usual).abs().max() < 1e-3
+        sums = bags(*rows_of([0] * 6))[::3]  # pictures
+        called, likelier = bags.called_for(sums), bags.likely_words(sums) > bags.likely_words(usual)
+    assert ((called > 0) == likelier).all() and likelier.any(1).all() and not likelier.all(1).any()
+    torch.testing.assert_close(called.norm(dim=1), torch.ones(2))

@@ -80,9 +80,11 @@ def test_a_pictures_score_is_a_weighted_mean_of_three_cosines(
         for word in tokenizer.words(text):
             line[word] = rarity.get(word, 0)
     own /= np.linalg.norm(own, axis=1, keepdims=True)
-    roots = np.sqrt(logs.exp().numpy())
-    kept = roots >= np.sort(roots, axis=1)[:, [-256]]
-    expected = trunk + bag + WORDS * (roots * kept) @ own.T
+    average = (m.network.bags.words.weight @ m.network.bags.image.bias).softmax(-1)
+    called = np.clip(np.sqrt(logs.exp().numpy()) - np.sqrt(average.numpy()), 0, None)
+    called /= np.linalg.norm(called, axis=1, keepdims=True)
+    kept = called >= np.sort(called, axis=1)[:, [-256]]
+    expected = trunk + bag + WORDS * (called * kept) @ own.T
     np.testing.assert_allclose(images.similarity(words), expected, atol=1e-4)
     assert pytest.approx(1) == TRUNK + BAG + WORDS
 
