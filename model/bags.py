@@ -47,9 +47,16 @@ class Bags(nn.Module):
 
         By what square roots of probabilities exceed those of a picture without features: these are standardised.
         """
-        average_1S = self.image(x_BS.new_zeros(1, self.image.in_features))
-        roots_BV, average_1V = ((self.likely_words(sums) / 2).exp() for sums in (x_BS, average_1S))
+        roots_BV, average_1V = ((logs / 2).exp() for logs in (self.likely_words(x_BS), self._usual_words(x_BS)))
         return F.normalize((roots_BV - average_1V).clamp_min(0), dim=-1)
+
+    def gains(self, x_BS: Tensor) -> Tensor:
+        """By how many nats pieces are likelier than for an average picture, [B, V]; 0 where they are not."""
+        return (self.likely_words(x_BS) - self._usual_words(x_BS)).clamp_min(0)
+
+    def _usual_words(self, like: Tensor) -> Tensor:
+        """`likely_words` of an average picture, [1, V]."""
+        return self.likely_words(self.image(like.new_zeros(1, self.image.in_features)))
 
 
 def words_loss(logs_BV: Tensor, words_BW: Tensor) -> Tensor:

@@ -99,23 +99,27 @@ def generate(
     twin: Batch | None = None,
     generator: torch.Generator | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    called_BV: Tensor | None = None,
 ) -> list[list[Answer]]:
     """Answers to each row of a batch (see `M6.hidden_states`), best first, with a cache of keys and values.
 
     `trie`: the only answers there are. `twin`: the same rows without what shall weigh more, for classifier-free
     guidance (arXiv 2207.12598): logits = twin's + guidance * (batch's - twin's). `generator`: what lots are drawn from.
-    `on_token` is told (row, token) as soon as it is said, where a row has one line.
+    `on_token` is told (row, token) as soon as it is said, where a row has one line. `called_BV`: what is added to the
+    logits of each row, of the settings' vocabulary; a token that was said is no longer called for.
 
-    A score counts what the model gives to the settings' vocabulary after guidance and penalty, before temperature,
-    top_k, top_p and trie. Of beams some may find no answer of their own, where a trie has few. Sets the model to
-    evaluation. Calls the model as often as is needed: ranks of an expert-parallel model must use `greedy`.
+    A score counts what the model gives to the settings' vocabulary after guidance, calls and penalty, before
+    temperature, top_k, top_p and trie. Of beams some may find no answer of their own, where a trie has few. Sets the
+    model to evaluation. Calls the model as often as is needed: ranks of an expert-parallel model must use `greedy`.
 
     Raises ValueError where the arguments do not fit together or the model has too few positions.
     """
     _check(model, batch, settings, trie, twin, generator, on_token)
+    if called_BV is not None and called_BV.shape != (len(batch["length_B"]), len(settings.vocabulary)):
+        raise ValueError(f"called_BV of {tuple(called_BV.shape)}: must be rows x entries of {settings.vocabulary}")
     model.eval()
     reader = _Reader(model, settings, batch, twin)
-    lines = _Lines(settings, trie, len(batch["length_B"]), reader.device)
+    lines = _Lines(settings, trie, len(batch["length_B"]), reader.device, called_BV)
     logits_WV = reader.begin()
     for last in range(settings.room, 0, -1):
         from_W, token_W = lines.write(logits_WV, generator)
@@ -212,7 +216,11 @@ def stacked(sides: list[Batch]) -> Batch:
 class _Lines:
     """What is being written: `settings.lines` lines for each row, side by side."""
 
-    def __init__(self, settings: Decoding, trie: Trie | None, rows: int, device: torch.device):
+    def __init__(
+        self, settings: Decoding, trie: Trie | None, rows: int, device: torch.device, called_BV: Tensor | None
+    ):
+        # A row's lines stay side by side, whichever goes on from which.
+        self.called_WV = None if called_BV is None else called_BV.to(device).repeat_interleave(settings.lines, 0)
         self.settings, self.trie, self.rows = settings, trie, rows
         self.first = settings.vocabulary.start
         self.end = -1 if settings.end is None else settings.end - self.first  # -1: no entry
@@ -240,6 +248,8 @@ class _Lines:
     def _log_probabilities(self, logits_WV: Tensor) -> Tensor:
         """Of each token, -inf where it may not be said. A line that has ended goes on by entry 0, as it is."""
         settings = self.settings
+        if self.called_WV is not None:
+            logits_WV = logits_WV + self.called_WV.scatter(1, self.said_WS, 0)
         if settings.repetition_penalty != 1:
             logits_WV = sampling.penalise_repetition(logits_WV, self.said_WS, settings.repetition_penalty)
         log_WV = logits_WV.log_softmax(-1)

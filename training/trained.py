@@ -176,7 +176,7 @@ class M6:
             raise UserError(f"caption of kind {kind!r}: must be one of {', '.join(ASK)}")
         self._needs("caption")
         settings = self._settings(CAPTION_TOKENS, beams=CAPTION_BEAMS)
-        return self._answers([self._question(ASK[kind], image) for image in images], settings)
+        return self._answers([self._question(ASK[kind], image) for image in images], settings, heeding=True)
 
     def ask(self, question: str, image: Picture | None = None, choices: Sequence[str] = ()) -> str:
         """The answer to a question, about a picture or not; one of `choices`, if there are any."""
@@ -365,13 +365,16 @@ class M6:
         return self._ranked(squares, text, likely)[: hand.pictures]
 
     def _ranked(self, squares: Sequence[Image.Image], text: str, likely: Sequence[float]) -> list[Image.Image]:
-        """The best first: by `likely`, times the probability of matching the text, if that was learned.
+        """The best first: by how near search finds them to the text; or else, without task `contrast`, by `likely`,
+        times the probability of matching the text, if that was learned.
 
-        `likely`: the geometric mean of each one's codes' probabilities. The two stand in for M6-UFC's estimators of
-        fidelity and relevance (arXiv 2105.14211), which it trains.
+        `likely`: the geometric mean of each one's codes' probabilities. These stand in for M6-UFC's estimators of
+        relevance and fidelity (arXiv 2105.14211), which it trains.
         """
         merits = list(likely)
-        if text.strip() and self._learned("match"):
+        if text.strip() and self._learned("contrast"):
+            merits = self.embed_images(squares).similarity(self.embed_texts([text]))[:, 0].tolist()
+        elif text.strip() and self._learned("match"):
             matches = self.matches([(square, text) for square in squares])
             merits = [one * other for one, other in zip(merits, matches, strict=True)]
         order = sorted(range(len(squares)), key=lambda place: -merits[place])
@@ -455,13 +458,25 @@ class M6:
         with _told_as_mistake():
             return Decoding(tokens, range(tokenizer.eos_id, tokenizer.vocab_size), tokenizer.eos_id, **how)
 
-    def _answers(self, rows: Sequence[Row], settings: Decoding, trie: Trie | None = None) -> list[str]:
+    def _answers(
+        self, rows: Sequence[Row], settings: Decoding, trie: Trie | None = None, heeding: bool = False
+    ) -> list[str]:
+        """`heeding`: the words that the pictures call for by their bags, if there are bags, are likelier by as much."""
         said: list[str] = []
         for batch in self._batches(rows):
             with _told_as_mistake():
-                found = generate(self.network, batch, settings, trie=trie)
+                called_BV = self._called_for(batch, settings.vocabulary) if heeding else None
+                found = generate(self.network, batch, settings, trie=trie, called_BV=called_BV)
             said += [self.tokenizer.decode(answers[0].tokens) for answers in found]
         return said
+
+    @torch.no_grad()
+    def _called_for(self, batch: Batch, vocabulary: range) -> Tensor | None:
+        bags = self.network.bags
+        if bags is None:
+            return None
+        x_BS = bags(*(batch[name] for name in ("tokens_BT", "source_B", "image_BPC", "has_image_B")))
+        return bags.gains(x_BS)[:, vocabulary.start : vocabulary.stop]
 
     def _question(self, text: str, image: Picture | None, fine: bool = False) -> Row:
         return Row(self._prompt(text, fine), [self.tokenizer.eos_id], None if image is None else self._picture(image))

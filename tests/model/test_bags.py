@@ -116,5 +116,7 @@ def test_a_picture_calls_for_what_it_makes_likelier_than_usual(bags):
         assert bags.called_for(usual).abs().max() < 1e-3
         sums = bags(*rows_of([0] * 6))[::3]  # pictures
         called, likelier = bags.called_for(sums), bags.likely_words(sums) > bags.likely_words(usual)
+        gains = bags.gains(sums)
+    torch.testing.assert_close(gains, (bags.likely_words(sums) - bags.likely_words(usual)).relu())
     assert ((called > 0) == likelier).all() and likelier.any(1).all() and not likelier.all(1).any()
     torch.testing.assert_close(called.norm(dim=1), torch.ones(2))

@@ -32,7 +32,13 @@ def model() -> M6:
 
 
 def next_log_probabilities(
-    model: M6, batch: dict[str, Tensor], row: int, said: list[int], settings: Decoding, twin: dict[str, Tensor] | None
+    model: M6,
+    batch: dict[str, Tensor],
+    row: int,
+    said: list[int],
+    settings: Decoding,
+    twin: dict[str, Tensor] | None,
+    called_BV: Tensor | None = None,
 ) -> list[float]:
     """Of each entry, by the full pass over one row without padding."""
     logits = []
@@ -42,6 +48,10 @@ def next_log_probabilities(
         one |= {"tokens_BT": torch.tensor([tokens]), "length_B": torch.tensor([len(tokens)])}
         logits.append(model(one)["logits_BV"][0, settings.vocabulary.start : settings.vocabulary.stop])
     guided = logits[0] if twin is None else logits[1] + settings.guidance * (logits[0] - logits[1])
+    if called_BV is not None:
+        first = settings.vocabulary.start
+        open_V = [entry + first not in said for entry in range(len(guided))]
+        guided = guided + called_BV[row] * torch.tensor(open_V)
     return guided.log_softmax(0).tolist()
 
 
@@ -59,13 +69,18 @@ def likeliest(model: M6, batch: dict[str, Tensor], row: int, settings: Decoding)
 
 @torch.no_grad()
 def all_answers(
-    model: M6, batch: dict[str, Tensor], row: int, settings: Decoding, twin: dict[str, Tensor] | None = None
+    model: M6,
+    batch: dict[str, Tensor],
+    row: int,
+    settings: Decoding,
+    twin: dict[str, Tensor] | None = None,
+    called_BV: Tensor | None = None,
 ) -> list[Answer]:
     """Every answer that can be given, best first."""
     found: list[Answer] = []
 
     def visit(said: list[int], total: float) -> None:
-        logs = next_log_probabilities(model, batch, row, said, settings, twin)
+        logs = next_log_probabilities(model, batch, row, said, settings, twin, called_BV)
         for token, log in zip(settings.vocabulary, logs, strict=True):
             size = (len(said) + 1) ** settings.length_penalty
             if token == settings.end:
@@ -139,6 +154,22 @@ def test_a_beam_as_wide_as_there_are_answers_ranks_them_all(model: M6, length_pe
     settings = dataclasses.replace(FEW, end=end, beams=64, answers=10, length_penalty=length_penalty)
     expected = [all_answers(model, batch, row, settings)[:10] for row in range(3)]
     same(generate(model, batch, settings), expected)
+
+
+def test_what_a_row_is_called_for_is_likelier_until_it_is_said(model: M6):
+    batch = prompts(model.config, rows=3)
+    settings = dataclasses.replace(FEW, beams=64, answers=10)
+    called_BV = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) * 2
+    expected = [all_answers(model, batch, row, settings, called_BV=called_BV)[:10] for row in range(3)]
+    same(generate(model, batch, settings, called_BV=called_BV), expected)
+    assert tokens(expected) != tokens(generate(model, batch, settings))
+    loud_BV = torch.zeros(3, 4)
+    loud_BV[:, 2] = 99  # entry 3
+    greedy = generate(model, batch, dataclasses.replace(FEW, room=6), called_BV=loud_BV)
+    assert all(answer.tokens[0] == 3 for [answer] in greedy)
+    assert any(answer.tokens[1:2] != [3] for [answer] in greedy)
+    with pytest.raises(ValueError, match="must be rows x entries"):
+        generate(model, batch, settings, called_BV=called_BV[:2])
 
 
 def plain_beam(model: M6, batch: dict[str, Tensor], row: int, settings: Decoding) -> list[Answer]:

@@ -87,6 +87,23 @@ def test_an_export_finds_what_its_run_finds(
     assert len(np.unique(own.round(6))) == 6
 
 
+def test_captions_heed_the_words_that_a_picture_calls_for(
+    sample_corpus: Corpus, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    recipe = make_recipe(sample_corpus, bag_width=16).model_copy(update={"tasks": {"caption": 1.0}})
+    make_checkpoints(tmp_path / "run" / "checkpoints", recipe, sample_corpus, 2)
+    m = M6.load(tmp_path / "run")
+    bags, word = m.network.bags, m.tokenizer.words("红色")[0]
+    assert bags
+    plain = m.captions(pictures[:2])
+    bags.image.bias.zero_()  # an average picture calls for nothing
+    bag = bags.image(m.features(pictures[:1]).mean(1))[0]  # type: ignore[misc]
+    bags.words.weight[word] = 50 * bag / bag.square().sum()  # the word's logit is 50
+    loud = m.captions(pictures[:2])
+    said = m.tokenizer.decode([word])
+    assert said in loud[0] and loud[0].count(said) < 5 and loud[0] != plain[0]
+
+
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_what_is_no_run_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -239,7 +256,14 @@ def darkness(picture: Image.Image) -> float:
     return 1 - np.asarray(picture).mean() / 256
 
 
+def without(m: M6, *names: str) -> Recipe:
+    """Its recipe, as if it had not learned these tasks."""
+    assert m.recipe
+    return m.recipe.model_copy(update={"tasks": {n: w for n, w in m.recipe.tasks.items() if n not in names}})
+
+
 def test_drawings_are_the_decoders_and_ranked_by_the_model(drawer: M6, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawer, "recipe", without(drawer, "contrast"))
     monkeypatch.setattr(drawer, "matches", lambda pairs: [darkness(picture) ** 99 for picture, _ in pairs])
     hand = Hand(pictures=3, tries=6, seed=1)
     pictures = drawer.draw("大红色圆", hand)
@@ -251,10 +275,14 @@ def test_drawings_are_the_decoders_and_ranked_by_the_model(drawer: M6, monkeypat
     assert [p.tobytes() for p in every[:3]] == [p.tobytes() for p in pictures]
 
 
+def test_drawings_come_as_search_finds_them(drawer: M6) -> None:
+    pictures = drawer.draw("大红色圆", Hand(pictures=6, tries=6))
+    nearness = drawer.embed_images(pictures).similarity(drawer.embed_texts(["大红色圆"]))[:, 0]
+    assert (np.diff(nearness) <= 0).all() and nearness[0] > nearness[-1]
+
+
 def test_drawings_of_a_model_that_cannot_match(drawer: M6, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert drawer.recipe
-    tasks = {name: weight for name, weight in drawer.recipe.tasks.items() if name != "match"}
-    monkeypatch.setattr(drawer, "recipe", drawer.recipe.model_copy(update={"tasks": tasks}))
+    monkeypatch.setattr(drawer, "recipe", without(drawer, "match", "contrast"))
     assert len(drawer.draw("大红色圆", Hand(pictures=2, tries=3))) == 2
 
 
