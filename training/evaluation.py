@@ -154,7 +154,7 @@ class Evaluation(NamedTuple):
 def tables(figures: Figures) -> list[Table]:
     """What was measured, each figure beside its trivial rivals, with 95 % intervals."""
     found = [
-        _finding(figures),
+        *(_finding(figures, way) for way in figures.get("retrieval", {})),
         _naming(figures.get("caption")),
         _answering(figures.get("answers")),
         _drawing(figures.get("drawing")),
@@ -163,24 +163,21 @@ def tables(figures: Figures) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def _finding(figures: Figures) -> Table:
+def _finding(figures: Figures, way: str) -> Table:
     rows = []
-    for way in figures.get("retrieval", {}):
-        title = way.replace("_to_", " → ")
-        for who, key in {"this run": "", "ridge, 144 px": "_ridge", "ridge, stored features": "_ridge_stored"}.items():
-            if f"retrieval{key}" in figures:
-                one = figures[f"retrieval{key}"][way]
-                cells = [_cell(one[f"r{k}"], one["intervals"][f"r{k}"]) for k in (1, 5, 10)]
-                rows.append([Cell(title), Cell(who), *cells, Cell(f"{one['n']:,}")])
-            if f"retrieval_above{key}" in figures:
-                above = figures[f"retrieval_above{key}"][way]
-                differences = [_difference(above[f"r{k}"]) for k in (1, 5, 10)]
-                rows.append([Cell(title), Cell("run above it"), *differences, Cell("")])
+    for who, key in {"this run": "", "ridge, 144 px": "_ridge", "ridge, same features": "_ridge_stored"}.items():
+        one = figures.get(f"retrieval{key}", {}).get(way)
+        if one:
+            cells = [_cell(one[f"r{k}"], one["intervals"][f"r{k}"]) for k in (1, 5, 10)]
+            rows.append([Cell(who), *cells, Cell(f"{one['n']:,}")])
+        above = figures.get(f"retrieval_above{key}", {}).get(way)
+        if above:
+            rows.append([Cell("run above it"), *(_difference(above[f"r{k}"]) for k in (1, 5, 10)), Cell("")])
     note = (
-        "Share of queries whose counterpart is among the first 1, 5 or 10. The ridge retrievers are linear maps of the "
+        "Share of queries whose counterpart is among the first 1, 5 or 10. The ridge retrievers are linear maps of "
         "pictures' frozen features: of a smaller view, the rival of old, and of what this run sees."
     )
-    return Table("Finding", note, ["", "", "R@1", "R@5", "R@10", "of"], rows)
+    return Table(f"Finding: {way.replace('_to_', ' → ')}", note, ["", "R@1", "R@5", "R@10", "of"], rows)
 
 
 def _naming(caption: Figures | None) -> Table:
