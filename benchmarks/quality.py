@@ -92,9 +92,9 @@ def _others(figures: list[dict[str, Any]]) -> None:
 
 
 def _flat(figures: Any, name: str = "") -> dict[str, float]:
-    """Every number but those of intervals and of finding, by its path."""
+    """Every measure but those of finding, by its path."""
     if isinstance(figures, dict):
-        left_out = ("interval", "intervals", "samples")
+        left_out = ("step", "parameters", "samples", "interval", "intervals", "n", "low", "high", "not_better")
         kept = {key: part for key, part in figures.items() if key not in left_out and not key.startswith("retrieval")}
         parts = (_flat(part, f"{name} {key}".strip()) for key, part in kept.items())
         return {key: value for part in parts for key, value in part.items()}
