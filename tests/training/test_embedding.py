@@ -65,6 +65,7 @@ def test_a_pictures_score_is_a_weighted_mean_of_three_cosines(
     rows = sample_corpus.picture_rows("train")[:5].tolist()
     paths = write_pictures(sample_corpus, rows, tmp_path_factory.mktemp("pictures"))
     texts = [picture_words(sample_corpus.picture(row)) for row in rows]
+    assert small_run.features
     m, tokenizer, rarity = small_run, sample_corpus.tokenizer, word_rarity(sample_corpus)
     images, words = m.embed_images(paths), m.embed_texts(texts)
     width = m.shape.hidden
@@ -73,7 +74,7 @@ def test_a_pictures_score_is_a_weighted_mean_of_three_cosines(
     np.testing.assert_allclose(np.linalg.norm(images.vectors_ND[:, :width], axis=1), TRUNK**0.5, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(images.vectors_ND[:, width:], axis=1), BAG**0.5, rtol=1e-5)
     vocab = tokenizer.vocab_size
-    features = torch.cat([m.features([sample_corpus.picture(row).pil()]) for row in rows])  # type: ignore[misc]
+    features = torch.cat([m.features([sample_corpus.picture(row).pil()]) for row in rows])
     logs = (m.network.bags.image(features.mean(1)) @ m.network.bags.words.weight.T).log_softmax(-1)
     own = np.zeros((len(texts), vocab))
     for text, line in zip(texts, own, strict=True):

@@ -94,10 +94,10 @@ def test_captions_heed_the_words_that_a_picture_calls_for(
     make_checkpoints(tmp_path / "run" / "checkpoints", recipe, sample_corpus, 2)
     m = M6.load(tmp_path / "run")
     bags, word = m.network.bags, m.tokenizer.words("红色")[0]
-    assert bags
+    assert bags and m.features
     plain = m.captions(pictures[:2])
     bags.image.bias.zero_()  # an average picture calls for nothing
-    bag = bags.image(m.features(pictures[:1]).mean(1))[0]  # type: ignore[misc]
+    bag = bags.image(m.features(pictures[:1]).mean(1))[0]
     bags.words.weight[word] = 50 * bag / bag.square().sum()  # the word's logit is 50
     loud = m.captions(pictures[:2])
     said = m.tokenizer.decode([word])
