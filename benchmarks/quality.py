@@ -60,13 +60,10 @@ def _finding(corpus: Corpus, arguments: argparse.Namespace, steps: list[int]) ->
     of = zip(arguments.runs, steps, strict=True)
     models = [M6.load(run, step, arguments.data) for run, step in of]
     own = [retrieval(quality.similarities(m, pairs), names, names) for m in models]
-    features = {
-        "ridge, 144 px": ridge.pooled_features(corpus, Path(arguments.data) / "cache"),
-        "ridge, stored features": ridge.stored_features(corpus),
-    }
-    for rival, of_ND in features.items():
-        retriever = ridge.fit(corpus, of_ND, ["train", "validation"] if arguments.split == "test" else ["train"])
-        other = retrieval(retriever.similarity(of_ND[rows], [pair.words for pair in pairs]), names, names)
+    texts = [pair.words for pair in pairs]
+    rivals = ridge.rivals(corpus, Path(arguments.data) / "cache", arguments.split, texts, rows)
+    for rival, similarity in rivals.items():
+        other = retrieval(similarity, names, names)
         print(f"\n| | | mean of the runs | each | {rival} | difference | not better |\n|" + "---|" * 7)
         for title, way in WAYS.items():
             for k in (1, 5, 10):

@@ -116,14 +116,9 @@ def _learned(m: M6, task: str) -> bool:
 
 def _finding(m: M6, corpus: Corpus, split: str, home: Path, rows: list[int], pairs: list[quality.Pair]) -> Figures:
     own, recalls = quality.measure_retrieval(quality.similarities(m, pairs), pairs)
-    features = {
-        "ridge": _kept(home, lambda cache: ridge.pooled_features(corpus, cache)),
-        "ridge_stored": ridge.stored_features(corpus),
-    }
+    texts = [pair.words for pair in pairs]
     figures = {"retrieval": own}
-    for name, of_ND in features.items():
-        retriever = ridge.fit(corpus, of_ND, ["train", "validation"] if split == "test" else ["train"])
-        similarity = retriever.similarity(of_ND[rows], [pair.words for pair in pairs])
+    for name, similarity in _kept(home, lambda cache: ridge.rivals(corpus, cache, split, texts, rows)).items():
         figures[f"retrieval_{name}"], rivals = quality.measure_retrieval(similarity, pairs)
         figures[f"retrieval_above_{name}"] = quality.beside(recalls, rivals, pairs)
     return figures

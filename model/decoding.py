@@ -114,9 +114,7 @@ def generate(
 
     Raises ValueError where the arguments do not fit together or the model has too few positions.
     """
-    _check(model, batch, settings, trie, twin, generator, on_token)
-    if called_BV is not None and called_BV.shape != (len(batch["length_B"]), len(settings.vocabulary)):
-        raise ValueError(f"called_BV of {tuple(called_BV.shape)}: must be rows x entries of {settings.vocabulary}")
+    _check(model, batch, settings, trie, twin, generator, on_token, called_BV)
     model.eval()
     reader = _Reader(model, settings, batch, twin)
     lines = _Lines(settings, trie, len(batch["length_B"]), reader.device, called_BV)
@@ -140,6 +138,7 @@ def _check(
     twin: Batch | None,
     generator: torch.Generator | None,
     on_token: Callable[[int, int], None] | None,
+    called_BV: Tensor | None,
 ) -> None:
     if settings.vocabulary.stop > model.config.vocab:
         raise ValueError(f"vocabulary={settings.vocabulary}: the model has {model.config.vocab} entries")
@@ -151,6 +150,8 @@ def _check(
         raise ValueError(f"guidance={settings.guidance}: needs the batch's twin")
     if twin is not None and len(twin["length_B"]) != len(batch["length_B"]):
         raise ValueError(f"{len(batch['length_B'])} rows, {len(twin['length_B'])} in their twin: must be as many")
+    if called_BV is not None and called_BV.shape != (len(batch["length_B"]), len(settings.vocabulary)):
+        raise ValueError(f"called_BV of {tuple(called_BV.shape)}: must be rows x entries of {settings.vocabulary}")
     if trie is not None:
         _check_trie(trie, settings)
 

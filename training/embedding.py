@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.bags import Bags
 from model.contrast import embed
 from training.data.tokenizer import Tokenizer
 
@@ -36,25 +35,24 @@ class Embeddings:
     weights_NW: np.ndarray  # float32
 
     @classmethod
-    def of(cls, trunk_ND: Tensor, bag_NS: Tensor | None, bags: Bags | None) -> Embeddings:
-        """Of a model's `summaries`, with the words that pictures call for, if it has bags."""
+    def of(cls, trunk_ND: Tensor, bag_NS: Tensor | None) -> Embeddings:
+        """Of a model's `summaries`, without words."""
         trunk_ND = embed(trunk_ND)
-        if bag_NS is None or bags is None:
-            return cls(trunk_ND.cpu().numpy(), *_no_words(len(trunk_ND), 0))
-        vectors_ND = torch.cat((trunk_ND * TRUNK**0.5, embed(bag_NS) * BAG**0.5), 1)
-        called_NV = bags.called_for(bag_NS)
+        if bag_NS is not None:
+            trunk_ND = torch.cat((trunk_ND * TRUNK**0.5, embed(bag_NS) * BAG**0.5), 1)
+        return cls(trunk_ND.cpu().numpy(), *_no_words(len(trunk_ND), 0))
+
+    def calling(self, called_NV: Tensor) -> Embeddings:
+        """The same vectors, with the words that pictures call for."""
         weights_NW, words_NW = called_NV.topk(min(MOST, called_NV.shape[1]))
-        return cls(vectors_ND.cpu().numpy(), words_NW.int().cpu().numpy(), (weights_NW * WORDS**0.5).cpu().numpy())
+        return Embeddings(self.vectors_ND, words_NW.int().cpu().numpy(), (weights_NW * WORDS**0.5).cpu().numpy())
 
     def saying(self, texts: Sequence[str], tokenizer: Tokenizer, rarity: Mapping[int, float]) -> Embeddings:
-        """The same vectors, with these texts' words. Words that have no rarity were never taught, and left out."""
-        known = [[word for word in tokenizer.words(text) if word in rarity] for text in texts]
-        words_NW, weights_NW = _no_words(len(texts), min(max(map(len, known), default=0), MOST))
-        for number, own in enumerate(known):
-            words = sorted(own, key=lambda word: -rarity[word])[:MOST]
-            weights = np.array([rarity[word] for word in words], np.float32)
-            words_NW[number, : len(words)] = words
-            weights_NW[number, : len(words)] = weights * (WORDS**0.5 / max(np.linalg.norm(weights), 1e-6))
+        """The same vectors, with these texts' words."""
+        found = [rare_words(text, tokenizer, rarity) for text in texts]
+        words_NW, weights_NW = _no_words(len(texts), max((len(words) for words, _ in found), default=0))
+        for number, (words, weights) in enumerate(found):
+            words_NW[number, : len(words)], weights_NW[number, : len(words)] = words, weights * WORDS**0.5
         return Embeddings(self.vectors_ND, words_NW, weights_NW)
 
     def __len__(self) -> int:
@@ -95,6 +93,16 @@ class Embeddings:
             similarity_NM[:, other] += (weights_NW * spread_V[self.words_NW]).sum(1)
             spread_V[words_W[own_W]] = 0
         return similarity_NM
+
+
+def rare_words(text: str, tokenizer: Tokenizer, rarity: Mapping[int, float]) -> tuple[list[int], np.ndarray]:
+    """A text's words, the rarest MOST of them, and their weights, of length one.
+
+    Words that have no rarity were never taught, and left out.
+    """
+    words = sorted((word for word in tokenizer.words(text) if word in rarity), key=lambda word: -rarity[word])[:MOST]
+    weights = np.array([rarity[word] for word in words], np.float32)
+    return words, weights / max(float(np.linalg.norm(weights)), 1e-6)
 
 
 def _no_words(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:

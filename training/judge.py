@@ -26,6 +26,7 @@ from training.data.corpus import Corpus
 from training.data.features import as_array, augmented
 from training.data.tasks.contrast import picture_words
 from training.data.tokenizer import Tokenizer
+from training.embedding import rare_words
 from training.files import replace
 from training.rivals.ridge import FLAGS
 
@@ -60,11 +61,11 @@ class Judge(nn.Module):
         """float32 [pictures, texts]: cosines of the square roots of probabilities with the texts' words, by rarity."""
         squares = [torch.from_numpy(as_array(augmented(picture, 0, square_side=SIDE))) for picture in pictures]
         roots_NV = (self(torch.stack(squares)) / 2).exp()
-        words = [[word for word in tokenizer.words(text) if word in rarity] for text in texts]
         texts_MV = torch.zeros(len(texts), roots_NV.shape[1])
-        for text, own in zip(texts_MV, words, strict=True):
-            text[own] = torch.tensor([rarity[word] for word in own])
-        return (roots_NV @ F.normalize(texts_MV, dim=1).T).numpy()
+        for row_V, text in zip(texts_MV, texts, strict=True):
+            words, weights = rare_words(text, tokenizer, rarity)
+            row_V[words] = torch.from_numpy(weights)
+        return (roots_NV @ texts_MV.T).numpy()
 
 
 def _stage(inputs: int, outputs: int) -> list[nn.Module]:

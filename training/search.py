@@ -1,8 +1,8 @@
 """Finding pictures in a folder by words: an index of vectors, built once and kept up to date.
 
 A picture is found by its own vector, and by that of the details which the model writes about it: words of a query
-may be among these that a glance at the picture does not suggest. A hundred thousand pictures are looked through in half
-a second, one by one, so nothing else is used.
+may be among these that a glance at the picture does not suggest. All pictures are looked through, one by one: for the
+folders of a shop that is soon done, so nothing else is used.
 
 Shape suffixes: N pictures.
 """

@@ -425,7 +425,7 @@ class M6:
 
     def embed_images(self, images: Sequence[Picture]) -> Embeddings:
         """What pictures are found by: `m.embed_images(images).similarity(m.embed_texts(texts))`."""
-        return self._embed([Row([], [], self._picture(image), 0) for image in images])
+        return self._embed([Row([], [], self._picture(image), 0) for image in images], calling=True)
 
     def embed_texts(self, texts: Sequence[str]) -> Embeddings:
         """What texts are found by. What is longer than texts were in training is cut to that."""
@@ -435,10 +435,17 @@ class M6:
         return found.saying(cleaned, self.tokenizer, self.rarity) if self.network.bags else found
 
     @torch.no_grad()
-    def _embed(self, rows: Sequence[Row]) -> Embeddings:
+    def _embed(self, rows: Sequence[Row], calling: bool = False) -> Embeddings:
+        """`calling`: with the words that the rows' pictures call for."""
         self._needs("contrast")
         self.network.eval()
-        parts = [Embeddings.of(*self.network.summaries(batch), self.network.bags) for batch in self._batches(rows)]
+        parts = []
+        for batch in self._batches(rows):
+            trunk_BD, bag_BS = self.network.summaries(batch)
+            part = Embeddings.of(trunk_BD, bag_BS)
+            if calling and bag_BS is not None and self.network.bags:
+                part = part.calling(self.network.bags.called_for(bag_BS))
+            parts.append(part)
         return Embeddings.joined(parts)
 
     # ---- below: rows and batches

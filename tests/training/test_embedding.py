@@ -92,7 +92,7 @@ def test_a_pictures_score_is_a_weighted_mean_of_three_cosines(
 
 def test_a_model_without_bags_goes_by_its_trunk() -> None:
     trunk = torch.randn(4, 8)
-    found = Embeddings.of(trunk, None, None)
+    found = Embeddings.of(trunk, None)
     np.testing.assert_allclose(found.similarity(found), embed(trunk) @ embed(trunk).T, atol=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_words_that_were_never_taught_count_for_nothing(sample_corpus: Corpus) -
     bag = bags(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([1, 1]), torch.zeros(2, 1, TINY.image_channels),
                torch.zeros(2, dtype=torch.bool))  # fmt: skip
     rarity = {word: 2.0 for word in sample_corpus.tokenizer.words("红色")}
-    found = Embeddings.of(torch.ones(2, 3), bag, bags).saying(["红色", "𓀀𪚥"], sample_corpus.tokenizer, rarity)
+    found = Embeddings.of(torch.ones(2, 3), bag).saying(["红色", "𓀀𪚥"], sample_corpus.tokenizer, rarity)
     assert set(found.words_NW[0][found.words_NW[0] >= 0]) == set(rarity)
     assert np.linalg.norm(found.weights_NW[0]) == pytest.approx(WORDS**0.5)
     assert (found.words_NW[1] == -1).all() and (found.weights_NW[1] == 0).all()

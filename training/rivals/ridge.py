@@ -24,6 +24,7 @@ from training.data.tasks.contrast import picture_words
 SIDE = 144  # pixels
 RIDGE = 3000.0
 AT_ONCE = 32  # pictures
+Similarities = dict[str, np.ndarray]  # [images, texts] of each rival
 # Flags are named by their country, which nothing in the picture says.
 FLAGS = "旗帜"
 
@@ -71,6 +72,17 @@ def fit(corpus: Corpus, features_ND: np.ndarray, splits: Sequence[Split]) -> Rid
 def stored_features(corpus: Corpus) -> np.ndarray:
     """float32 [pictures of the corpus, channels]: the mean patch of what models of this corpus are given."""
     return np.stack([patches.astype(np.float32).mean(0) for patches in corpus.features[:, 0]])
+
+
+def rivals(corpus: Corpus, cache: Path | str, split: str, texts: Sequence[str], rows: Sequence[int]) -> Similarities:
+    """What each rival makes of these pictures of a split, and texts: of 144 px, and of what models are given.
+
+    Trained on the training split, and for the test split on the validation split, too. `cache` and errors as of
+    `pooled_features`.
+    """
+    known: list[Split] = ["train", "validation"] if split == "test" else ["train"]
+    features = {"ridge": pooled_features(corpus, cache), "ridge_stored": stored_features(corpus)}
+    return {name: fit(corpus, of_ND, known).similarity(of_ND[rows], texts) for name, of_ND in features.items()}
 
 
 class PooledFeatures:
