@@ -2,10 +2,11 @@
 
 From a few thousand captioned pictures, a transformer learns by heart which are which before it learns what makes them
 so. Sums generalise further: a picture is a linear map of its mean patch, a text the sum of its pieces' vectors (Joulin
-et al. 2016, arXiv 1607.01759, classify by such sums), and a picture's sum foretells the pieces of its words.
+et al. 2016, arXiv 1607.01759, classify by such sums), and a picture's sum foretells the pieces of its words. By a map
+of its own, a picture also has the words that it is asked for by, to be found by texts whose side is not learned.
 
 Shape suffixes: B rows, T text positions, P image patches, C channels of a patch, S width of a sum, V text pieces, W
-pieces of a picture's words.
+pieces of a row's words.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from model.config import ModelConfig
 from model.initialise import Linear, Vocabulary
 
 ABSENT = -100  # stands in words_BW where a row has fewer
+ASKED_TEMPERATURE = 0.05
 
 
 class Bags(nn.Module):
-    """A map and a table of its own: no weight is shared with the trunk."""
+    """Maps and tables of their own: no weight is shared with the trunk."""
 
     def __init__(self, config: ModelConfig, *key: object):
         super().__init__()
         self.vocab = config.text_vocab
         self.image = Linear(config.image_channels, config.bag_width, config.init_std, *key, "bag of patches")
         self.words = Vocabulary(config.text_vocab, config.bag_width, config.init_std, *key, "bag of pieces")
+        self.asked_image = Linear(config.image_channels, config.bag_width, config.init_std, *key, "asked of patches")
+        self.asked_words = Vocabulary(config.text_vocab, config.bag_width, config.init_std, *key, "asked of pieces")
 
     def forward(self, tokens_BT: Tensor, source_B: Tensor, image_BPC: Tensor, has_image_B: Tensor) -> Tensor:
         """[B, S]: of each row's picture, or of its source if it has none. Image codes count for nothing."""
@@ -41,6 +45,11 @@ class Bags(nn.Module):
     def likely_words(self, x_BS: Tensor) -> Tensor:
         """Logarithms of probabilities [B, V], fp32: which pieces a sum foretells."""
         return self.words(x_BS).float().log_softmax(-1)
+
+    def asked_for(self, image_BPC: Tensor) -> Tensor:
+        """Which pieces pictures are asked for by: [B, V] fp32, rows of length 1, of either sign."""
+        mean_BC = image_BPC.to(self.asked_image.weight.dtype).mean(1)
+        return F.normalize(self.asked_words(self.asked_image(mean_BC)).float(), dim=-1)
 
     def called_for(self, x_BS: Tensor) -> Tensor:
         """Which pieces pictures of these sums call for more than an average one does: [B, V], rows of length 1.
@@ -64,3 +73,9 @@ def words_loss(logs_BV: Tensor, words_BW: Tensor) -> Tensor:
     known_BW = words_BW != ABSENT
     log_BW = logs_BV.gather(1, words_BW.clamp(min=0)).masked_fill(~known_BW, 0)
     return -log_BW.sum(1) / known_BW.sum(1).clamp(min=1)
+
+
+def spread_words(words_BW: Tensor, weights_BW: Tensor, vocab: int) -> Tensor:
+    """Each row's pieces as a vector of their weights, [B, V] fp32."""
+    spread_BV = weights_BW.new_zeros(len(words_BW), vocab, dtype=torch.float32)
+    return spread_BV.scatter_add(1, words_BW.clamp(min=0), weights_BW.float() * (words_BW != ABSENT))

@@ -107,7 +107,7 @@ class ModelConfig:
             norms=physical * norms + 2 * h,
             routers=physical * router,
             experts=physical * experts,
-            bags=(self.image_channels + 1 + self.text_vocab) * self.bag_width,
+            bags=2 * (self.image_channels + 1 + self.text_vocab) * self.bag_width,
             active=embeddings + image + 2 * h + self.layers * layer_active,
         )
 

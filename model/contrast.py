@@ -20,20 +20,30 @@ def embed(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
+def sides(image_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are image rows of a group, and which text rows, each [B] bool."""
+    return (group_B >= 0) & image_B, (group_B >= 0) & ~image_B
+
+
 def contrastive_loss(x_BD: Tensor, image_B: Tensor, group_B: Tensor, concept_B: Tensor) -> Tensor:
+    """`finding_loss` by the cosines of vectors."""
+    own_B, text_B = sides(image_B, group_B)
+    return finding_loss(embed(x_BD[own_B]) @ embed(x_BD[text_B]).T / TEMPERATURE, image_B, group_B, concept_B)
+
+
+def finding_loss(logits_IS: Tensor, image_B: Tensor, group_B: Tensor, concept_B: Tensor) -> Tensor:
     """Cross entropy [B] fp32 of finding each row's partner, the k-th text row's being the k-th image row.
 
     group_B: rows compete within a group; -1 for rows that take no part, whose loss is 0. concept_B: rows of one concept
     do not compete.
     """
-    image_B, text_B = (group_B >= 0) & image_B, (group_B >= 0) & ~image_B
-    cosine_IS = embed(x_BD[image_B]) @ embed(x_BD[text_B]).T
+    image_B, text_B = sides(image_B, group_B)
     apart_IS = group_B[image_B][:, None] != group_B[text_B]
     alike_IS = concept_B[image_B][:, None] == concept_B[text_B]
-    others_IS = ~torch.eye(len(cosine_IS), dtype=torch.bool, device=x_BD.device)
-    logits_IS = (cosine_IS / TEMPERATURE).masked_fill(apart_IS | (alike_IS & others_IS), -torch.inf)
-    partner_I = torch.arange(len(logits_IS), device=x_BD.device)
-    loss_B = cosine_IS.new_zeros(len(x_BD))
+    others_IS = ~torch.eye(len(logits_IS), dtype=torch.bool, device=logits_IS.device)
+    logits_IS = logits_IS.masked_fill(apart_IS | (alike_IS & others_IS), -torch.inf)
+    partner_I = torch.arange(len(logits_IS), device=logits_IS.device)
+    loss_B = logits_IS.new_zeros(len(group_B))
     for rows_B, logits in ((image_B, logits_IS), (text_B, logits_IS.T)):
         loss_B = loss_B.masked_scatter(rows_B, F.cross_entropy(logits, partner_I, reduction="none"))
     return loss_B

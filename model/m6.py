@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, attention_mask
-from model.bags import Bags, words_loss
+from model.bags import ASKED_TEMPERATURE, Bags, spread_words, words_loss
 from model.cache import Cache, LayerCache
 from model.config import ModelConfig
-from model.contrast import WORTH, contrastive_loss
+from model.contrast import WORTH, contrastive_loss, finding_loss, sides
 from model.experts import ExpertParallel
 from model.grouped import activate, few_sizes
 from model.initialise import Linear, Table, Vocabulary
@@ -208,7 +208,8 @@ class M6(nn.Module):
 
         With labels_BT: loss_B, the summed cross entropy of each row's labels (nats, fp32); targets_B, their number;
         rows with a contrastive group (group_B, concept_B; see `model.contrast`) have their partner to find, as WORTH
-        targets, and those of them with a picture its words (words_BW, see `model.bags`) to foretell if there are bags;
+        targets; if there are bags, those of them with a picture have its words to foretell (words_BW, see
+        `model.bags`), and are to be found by the words that are a text's own (words_BW, and weights_BW: of length 1);
         auxiliary, balance and z-loss summed over tokens; counts, routing counts [L, M, 2, E]; tokens, the number of
         valid positions. Without: logits_BV, of what follows each row's last text position.
         """
@@ -243,10 +244,14 @@ class M6(nn.Module):
         if self.bags is None:
             return loss_B
         x_BS = self.bags(batch["tokens_BT"], batch["source_B"], batch["image_BPC"], batch["has_image_B"])
-        seen_B = (batch["group_B"] >= 0) & batch["has_image_B"]
-        said = words_loss(self.bags.likely_words(x_BS[seen_B]), batch["words_BW"][seen_B])
-        said_B = loss_B.new_zeros(len(loss_B)).masked_scatter(seen_B, said)
-        return loss_B + contrastive_loss(x_BS, *group) + said_B
+        image_B, text_B = sides(batch["has_image_B"], batch["group_B"])
+        words_BW = batch["words_BW"]
+        said = words_loss(self.bags.likely_words(x_BS[image_B]), words_BW[image_B])
+        said_B = loss_B.new_zeros(len(loss_B)).masked_scatter(image_B, said)
+        words_SV = spread_words(words_BW[text_B], batch["weights_BW"][text_B], self.config.text_vocab)
+        asked_IS = self.bags.asked_for(batch["image_BPC"][image_B]) @ words_SV.T
+        asked_B = finding_loss(asked_IS / ASKED_TEMPERATURE, *group)
+        return loss_B + contrastive_loss(x_BS, *group) + said_B + asked_B
 
     def _cross_entropy(self, x_SD: Tensor, label_S: Tensor) -> Tensor:
         """Cross entropy of each target [S], in fp32."""

@@ -1,7 +1,7 @@
 """What pictures and texts are found by, as numbers: cosines of two kinds of vectors, and of words.
 
 Words of a picture are the pieces that it calls for by its bag (`model/bags.py`); words of a text are its own, the rarer
-the weightier. Only the MOST weightiest are kept: the rest changes nothing that can be measured.
+the weightier. Only the MOST_WORDS weightiest are kept: the rest changes nothing that can be measured.
 
 Shape suffixes: N pictures or texts, M others, D width of the vectors, W words, V text pieces.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from model.contrast import embed
+from training.data.tasks.contrast import MOST_WORDS, rare_words
 from training.data.tokenizer import Tokenizer
 
-MOST = 256
 # What the three cosines weigh, of trunks, of bags and of words: chosen on validation families (docs/LOG.md, 34).
 TRUNK, BAG, WORDS = 0.05, 0.25, 0.7
 
@@ -44,7 +44,7 @@ class Embeddings:
 
     def calling(self, called_NV: Tensor) -> Embeddings:
         """The same vectors, with the words that pictures call for."""
-        weights_NW, words_NW = called_NV.topk(min(MOST, called_NV.shape[1]))
+        weights_NW, words_NW = called_NV.topk(min(MOST_WORDS, called_NV.shape[1]))
         return Embeddings(self.vectors_ND, words_NW.int().cpu().numpy(), (weights_NW * WORDS**0.5).cpu().numpy())
 
     def saying(self, texts: Sequence[str], tokenizer: Tokenizer, rarity: Mapping[int, float]) -> Embeddings:
@@ -93,16 +93,6 @@ class Embeddings:
             similarity_NM[:, other] += (weights_NW * spread_V[self.words_NW]).sum(1)
             spread_V[words_W[own_W]] = 0
         return similarity_NM
-
-
-def rare_words(text: str, tokenizer: Tokenizer, rarity: Mapping[int, float]) -> tuple[list[int], np.ndarray]:
-    """A text's words, the rarest MOST of them, and their weights, of length one.
-
-    Words that have no rarity were never taught, and left out.
-    """
-    words = sorted((word for word in tokenizer.words(text) if word in rarity), key=lambda word: -rarity[word])[:MOST]
-    weights = np.array([rarity[word] for word in words], np.float32)
-    return words, weights / max(float(np.linalg.norm(weights)), 1e-6)
 
 
 def _no_words(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from model.bags import ABSENT, words_loss
 from training.data.corpus import Corpus
 from training.data.features import as_array, augmented
-from training.data.tasks.contrast import picture_words
+from training.data.tasks.contrast import picture_words, rare_words
 from training.data.tokenizer import Tokenizer
-from training.embedding import rare_words
 from training.files import replace
 from training.rivals.ridge import FLAGS
 

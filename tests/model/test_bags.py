@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.bags import ABSENT, Bags, words_loss
-from model.contrast import WORTH, contrastive_loss
+from model.bags import ABSENT, ASKED_TEMPERATURE, Bags, spread_words, words_loss
+from model.contrast import WORTH, contrastive_loss, embed, finding_loss
 from model.m6 import M6, last_positions
 from tests.model.samples import TINY
 
@@ -62,12 +62,15 @@ def grouped_batch():
     tokens_BT, _, image_BPC, _ = rows_of([5] * 6, seed=5)
     words_BW = torch.full((6, 4), ABSENT)
     words_BW[1, :2], words_BW[3, :4] = torch.tensor([7, 8]), torch.tensor([1, 2, 3, 4])
+    words_BW[0, :2], words_BW[2, :3] = torch.tensor([8, 7]), torch.tensor([3, 9, 1])
+    weights_BW = torch.zeros(6, 4)
+    weights_BW[0, :2], weights_BW[2, :3] = torch.tensor([0.6, 0.8]), torch.tensor([2, 3, 6]) / 7
     return {
         "tokens_BT": tokens_BT % CONFIG.text_vocab, "labels_BT": torch.full_like(tokens_BT, -100),
         "source_B": torch.tensor([5, 0, 5, 0, 5, 5]), "length_B": torch.tensor([6, 1, 6, 1, 6, 6]),
         "image_BPC": image_BPC, "has_image_B": torch.tensor([False, True, False, True, False, False]),
         "group_B": torch.tensor([0, 0, 0, 0, -1, -1]), "concept_B": torch.tensor([4, 4, 6, 6, -1, -1]),
-        "words_BW": words_BW,
+        "words_BW": words_BW, "weights_BW": weights_BW,
     }  # fmt: skip
 
 
@@ -79,9 +82,24 @@ def test_a_rows_loss_is_the_sum_of_its_parts():
     bag_BS = model.bags(*(batch[name] for name in ("tokens_BT", "source_B", "image_BPC", "has_image_B")))
     group = [batch[name] for name in ("has_image_B", "group_B", "concept_B")]
     words_B = words_loss((bag_BS @ model.bags.words.weight.T).log_softmax(-1), batch["words_BW"])
-    expected = WORTH * (contrastive_loss(trunk_BD, *group) + contrastive_loss(bag_BS, *group) + words_B)
-    torch.testing.assert_close(model(batch)["loss_B"], expected)
-    assert words_B.count_nonzero() == 2 and (expected[4:] == 0).all()
+    words_B = torch.where(batch["has_image_B"], words_B, 0)
+    mean_2C = batch["image_BPC"][[1, 3]].mean(1)
+    asked_2V = embed(model.bags.asked_image(mean_2C) @ model.bags.asked_words.weight.T)
+    asked_22 = torch.stack(
+        (asked_2V[:, [8, 7]] @ torch.tensor([0.6, 0.8]), asked_2V[:, [3, 9, 1]] @ torch.tensor([2.0, 3, 6]) / 7), 1
+    )
+    asked_B = finding_loss(asked_22 / ASKED_TEMPERATURE, *group)
+    parts = contrastive_loss(trunk_BD, *group), contrastive_loss(bag_BS, *group), words_B, asked_B
+    torch.testing.assert_close(model(batch)["loss_B"], WORTH * sum(parts))
+    for part_B, count in zip(parts, (4, 4, 2, 4), strict=True):
+        assert part_B[:4].count_nonzero() == count and (part_B[4:] == 0).all()
+
+
+def test_words_are_spread_over_the_vocabulary():
+    words_BW = torch.tensor([[0, 3, ABSENT], [ABSENT] * 3, [2, 0, 1]])
+    weights_BW = torch.tensor([[0.6, 0.8, 0], [0, 0, 0], [0.5, 0.1, -1]])
+    expected = torch.tensor([[0.6, 0, 0, 0.8, 0], [0] * 5, [0.1, -1, 0.5, 0, 0]])
+    torch.testing.assert_close(spread_words(words_BW, weights_BW, 5), expected)
 
 
 def test_bags_and_trunk_teach_each_other_nothing():
@@ -93,7 +111,8 @@ def test_bags_and_trunk_teach_each_other_nothing():
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
-    assert gradients["bags.words.weight"].abs().sum() > 0 and gradients["bags.image.weight"].abs().sum() > 0
+    for name in ("words", "image", "asked_words", "asked_image"):
+        assert gradients[f"bags.{name}.weight"].abs().sum() > 0, name
 
 
 def test_a_batch_without_groups_leaves_bags_a_gradient_of_zero():
@@ -101,7 +120,7 @@ def test_a_batch_without_groups_leaves_bags_a_gradient_of_zero():
     batch = grouped_batch()
     batch["labels_BT"][:, 2] = 5
     batch["group_B"].fill_(-1)
-    batch["words_BW"] = batch["words_BW"][:, :0]
+    batch["words_BW"], batch["weights_BW"] = batch["words_BW"][:, :0], batch["weights_BW"][:, :0]
     model = M6(CONFIG, seed=2)
     model(batch)["loss_B"].sum().backward()
     for parameter in model.bags.parameters():

@@ -1,6 +1,6 @@
 """Rows of the global order -> batches of tensors, built ahead of the step that needs them.
 
-Shape suffixes: B rows, T text positions, P image patches, C channels of a patch, W pieces of a picture's words.
+Shape suffixes: B rows, T text positions, P image patches, C channels of a patch, W pieces of a row's words.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.errors import UserError
 
 Batch = dict[str, Tensor]
 
-WIDTH_MULTIPLE = 8  # text positions of a batch, and words of a picture, are rounded up to this: few shapes
+WIDTH_MULTIPLE = 8  # text positions of a batch, and words of a row, are rounded up to this: few shapes
 
 
 class Batcher:
@@ -50,6 +50,7 @@ class Batcher:
         )
         image_BPC = np.zeros((size, model.image_patches, model.image_channels), np.float32)
         words_BW = np.full((size, _rounded(max((len(row.words) for row in rows), default=0))), ABSENT, np.int64)
+        weights_BW = np.zeros(words_BW.shape, np.float32)
         group_B, concept_B = self._groups(rows, size)
         for i, row in enumerate(rows):
             start = tokenizer.bos_id if row.concept is None else tokenizer.embed_id
@@ -59,12 +60,13 @@ class Batcher:
             labels_BT[i, len(row.source) : len(row.source) + len(row.target)] = row.target
             labels_BT[i, list(row.hidden)] = list(row.hidden.values())
             words_BW[i, : len(row.words)] = row.words
+            weights_BW[i, : len(row.weights)] = row.weights
             if row.picture is not None:
                 has_image_B[i], image_BPC[i] = True, self.look(row.picture)
         arrays = {
             "tokens_BT": tokens_BT, "labels_BT": labels_BT, "source_B": source_B, "length_B": length_B,
             "image_BPC": image_BPC, "has_image_B": has_image_B, "group_B": group_B, "concept_B": concept_B,
-            "words_BW": words_BW,
+            "words_BW": words_BW, "weights_BW": weights_BW,
         }  # fmt: skip
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -132,7 +134,7 @@ class StepBatches:
 
     Micro-step j of a step holds positions [j·m·W, (j+1)·m·W) of it over all W ranks, rank r the r-th block of m:
     so the sets of rows that share a micro-batch are the same on any number of ranks. All ranks' batches of a
-    micro-step have one shape, but for the pictures' words.
+    micro-step have one shape, but for the rows' words.
     """
 
     def __init__(self, order: GlobalOrder, collate: Collator, micro_batch: int, rank: int, world: int):

@@ -246,13 +246,18 @@ def test_hidden_tokens_are_predicted_where_they_are_masked(collate):
 def test_rows_with_a_concept_are_summed_up_and_grouped(collate, shape):
     tokenizer = collate.corpus.tokenizer
     grouping = Collator(collate.corpus, shape, block=4)
-    pair = [Row([], [], View(3, 0), 7, words=[60, 61, 62]), Row([50, 51], [], None, 7)]
+    pair = [
+        Row([], [], View(3, 0), 7, words=[60, 61, 62]),
+        Row([50, 51], [], None, 7, words=[9, 8], weights=[0.6, 0.8]),
+    ]
     batch = grouping([*pair, Row([50], [60]), *pair, *pair], 8, size=8)
     assert batch["group_B"].tolist() == [0, 0, -1, 0, 0, 1, 1, -1]
     assert batch["concept_B"].tolist() == [7, 7, -1, 7, 7, 7, 7, -1]
     assert batch["tokens_BT"][:2, :3].tolist() == [[tokenizer.embed_id, 0, 0], [50, 51, tokenizer.embed_id]]
     assert batch["length_B"].tolist()[:3] == [1, 3, 2] and batch["source_B"].tolist()[:2] == [0, 2]
     assert (batch["labels_BT"][:2] == IGNORE).all()
-    assert batch["words_BW"].shape == (8, 8) and (batch["words_BW"][1:3] == ABSENT).all()
+    assert batch["words_BW"].shape == (8, 8) and batch["words_BW"][1].tolist() == [9, 8, *[ABSENT] * 6]
+    assert (batch["words_BW"][2] == ABSENT).all() and (batch["weights_BW"][[0, 2, 7]] == 0).all()
+    torch.testing.assert_close(batch["weights_BW"][1], torch.tensor([0.6, 0.8] + [0] * 6))
     assert batch["words_BW"][0].tolist() == batch["words_BW"][3].tolist() == [60, 61, 62, *[ABSENT] * 5]
     assert M6(shape)(batch)["targets_B"].tolist() == [WORTH, WORTH, 1, WORTH, WORTH, WORTH, WORTH, 0]

@@ -35,7 +35,8 @@ class Row:
     picture: Any = None  # a View of the corpus' pictures; None without one
     concept: int | None = None  # from 0; equal for rows that mean the same
     hidden: dict[int, int] = field(default_factory=dict)  # place in the source: the token that is masked there
-    words: Sequence[int] = ()  # pieces of the words that its picture is to be found by
+    words: Sequence[int] = ()  # pieces of its picture's words, or of those that its text is found by
+    weights: Sequence[float] | np.ndarray = ()  # of a text's words, together of length 1
 
 
 class Task(ABC):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
 from training.data.corpus import Corpus
 from training.data.rows import Picture
 from training.data.tasks.base import Random, Row, Task
+from training.data.tokenizer import Tokenizer
 
 LABEL_ALONE, ENGLISH = 0.25, 0.15  # how often a text is the name alone, or the English name; else name and key words
+MOST_WORDS = 256  # that a picture or a text is found by, the weightiest: more change nothing that can be measured
 
 
 class Contrast(Task):
@@ -22,6 +25,10 @@ class Contrast(Task):
     positions = 48
     sides = 2
     grouped = True
+
+    def __init__(self, corpus: Corpus, split: str):
+        super().__init__(corpus, split)
+        self.rarity = word_rarity(corpus)
 
     def items(self) -> np.ndarray:
         rows = self.corpus.picture_rows(self.split)
@@ -33,7 +40,10 @@ class Contrast(Task):
             return Row([], [], self.view(item, random), concept(picture), words=_all_words(self.corpus, picture))
         picture = self.corpus.picture(~item)
         text = picture_words(picture) if self.split != "train" else some_words(picture, random)
-        return Row(self.tokenizer.encode_finely(text)[: limit - 1], [], None, concept(picture))
+        # A picture is asked for by all of its words, whichever of them the trunk reads: so more pictures are found.
+        asked, weights = rare_words(picture_words(picture), self.tokenizer, self.rarity)
+        source = self.tokenizer.encode_finely(text)[: limit - 1]
+        return Row(source, [], None, concept(picture), words=asked, weights=weights)
 
 
 def word_rarity(corpus: Corpus) -> dict[int, float]:
@@ -41,6 +51,17 @@ def word_rarity(corpus: Corpus) -> dict[int, float]:
     pictures = [corpus.picture(int(row)) for row in corpus.picture_rows("train")]
     seen = Counter(piece for picture in pictures for piece in _all_words(corpus, picture))
     return {piece: math.log((1 + len(pictures)) / (1 + count)) + 1 for piece, count in sorted(seen.items())}
+
+
+def rare_words(text: str, tokenizer: Tokenizer, rarity: Mapping[int, float]) -> tuple[list[int], np.ndarray]:
+    """A text's words, the rarest MOST_WORDS of them, and their weights, of length one.
+
+    Words that have no rarity were never taught, and left out.
+    """
+    known = (word for word in tokenizer.words(text) if word in rarity)
+    words = sorted(known, key=lambda word: -rarity[word])[:MOST_WORDS]
+    weights = np.array([rarity[word] for word in words], np.float32)
+    return words, weights / max(float(np.linalg.norm(weights)), 1e-6)
 
 
 def _all_words(corpus: Corpus, picture: Picture) -> list[int]:
