@@ -1,9 +1,10 @@
 """What pictures and texts are found by, as numbers: cosines of two kinds of vectors, and of words.
 
-Words of a picture are the pieces that it calls for by its bag (`model/bags.py`); words of a text are its own, the rarer
-the weightier. Only the MOST_WORDS weightiest are kept: the rest changes nothing that can be measured.
+Words of a picture are the pieces that it calls for by its bag, and those that it is asked for by (`model/bags.py`);
+words of a text are its own, the rarer the weightier. Only the MOST_WORDS weightiest are kept: the rest changes nothing
+that can be measured.
 
-Shape suffixes: N pictures or texts, M others, D width of the vectors, W words, V text pieces.
+Shape suffixes: N pictures or texts, M others, K usual ones, D width of the vectors, W words, V text pieces.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from model.contrast import embed
 from training.data.tasks.contrast import MOST_WORDS, rare_words
 from training.data.tokenizer import Tokenizer
 
-# What the three cosines weigh, of trunks, of bags and of words: chosen on validation families (docs/LOG.md, 34).
-TRUNK, BAG, WORDS = 0.05, 0.25, 0.7
+# What the four cosines weigh: of trunks, of bags, and of a text's words with those that a picture calls for, and with
+# those that it is asked for by. Chosen on held-out families of the training split (docs/LOG.md, 38).
+TRUNK, BAG, CALLED, ASKED = 0.02, 0.06, 0.26, 0.66
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,18 @@ class Embeddings:
             trunk_ND = torch.cat((trunk_ND * TRUNK**0.5, embed(bag_NS) * BAG**0.5), 1)
         return cls(trunk_ND.cpu().numpy(), *_no_words(len(trunk_ND), 0))
 
-    def calling(self, called_NV: Tensor) -> Embeddings:
-        """The same vectors, with the words that pictures call for."""
-        weights_NW, words_NW = called_NV.topk(min(MOST_WORDS, called_NV.shape[1]))
-        return Embeddings(self.vectors_ND, words_NW.int().cpu().numpy(), (weights_NW * WORDS**0.5).cpu().numpy())
+    def calling(self, called_NV: Tensor, asked_NV: Tensor) -> Embeddings:
+        """The same vectors, with the words that pictures call for, and are asked for by."""
+        both_NV = (CALLED * called_NV + ASKED * asked_NV) / (CALLED + ASKED) ** 0.5
+        weights_NW, words_NW = both_NV.topk(min(MOST_WORDS, both_NV.shape[1]))
+        return Embeddings(self.vectors_ND, words_NW.int().cpu().numpy(), weights_NW.cpu().numpy())
 
     def saying(self, texts: Sequence[str], tokenizer: Tokenizer, rarity: Mapping[int, float]) -> Embeddings:
         """The same vectors, with these texts' words."""
         found = [rare_words(text, tokenizer, rarity) for text in texts]
         words_NW, weights_NW = _no_words(len(texts), max((len(words) for words, _ in found), default=0))
         for number, (words, weights) in enumerate(found):
-            words_NW[number, : len(words)], weights_NW[number, : len(words)] = words, weights * WORDS**0.5
+            words_NW[number, : len(words)], weights_NW[number, : len(words)] = words, weights * (CALLED + ASKED) ** 0.5
         return Embeddings(self.vectors_ND, words_NW, weights_NW)
 
     def __len__(self) -> int:
@@ -93,6 +96,15 @@ class Embeddings:
             similarity_NM[:, other] += (weights_NW * spread_V[self.words_NW]).sum(1)
             spread_V[words_W[own_W]] = 0
         return similarity_NM
+
+
+def standard_scores(similarity_NM: np.ndarray, usual_KM: np.ndarray) -> np.ndarray:
+    """By how many standard deviations pictures are nearer to each text than usual ones are, float32 [N, M].
+
+    Else some texts are near to all pictures. To the same end Bogolin et al. (2022, arXiv 2112.12777) compare with a
+    bank of training queries.
+    """
+    return (similarity_NM - usual_KM.mean(0)) / np.maximum(usual_KM.std(0), 1e-6)
 
 
 def _no_words(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:

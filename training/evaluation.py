@@ -165,7 +165,8 @@ def tables(figures: Figures) -> list[Table]:
 
 def _finding(figures: Figures, way: str) -> Table:
     rows = []
-    for who, key in {"this run": "", "ridge, 144 px": "_ridge", "ridge, same features": "_ridge_stored"}.items():
+    whose = {"this run": "", "ridge, 144 px": "_ridge", "ridge, same features and scores": "_ridge_stored"}
+    for who, key in whose.items():
         one = figures.get(f"retrieval{key}", {}).get(way)
         if one:
             cells = [_cell(one[f"r{k}"], one["intervals"][f"r{k}"]) for k in (1, 5, 10)]
@@ -175,7 +176,8 @@ def _finding(figures: Figures, way: str) -> Table:
             rows.append([Cell("run above it"), *(_difference(above[f"r{k}"]) for k in (1, 5, 10)), Cell("")])
     note = (
         "Share of queries whose counterpart is among the first 1, 5 or 10. The ridge retrievers are linear maps of "
-        "pictures' frozen features: of a smaller view, the rival of old, and of what this run sees."
+        "pictures' frozen features: of a smaller view, the rival of old, and of what this run sees, with standard "
+        "scores as this run has them."
     )
     return Table(f"Finding: {way.replace('_to_', ' → ')}", note, ["", "R@1", "R@5", "R@10", "of"], rows)
 

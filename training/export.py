@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
 from huggingface_hub import split_torch_state_dict_into_shards
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -34,17 +34,17 @@ from training.recipe import Recipe, one_line, parse_recipe, shown
 from training.tensor_files import SavedSlice, head, saved_slices
 
 if TYPE_CHECKING:  # its import takes seconds, and loading does without
+    from training.background import Background
     from training.data.corpus import Corpus
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-RARITY = "rarity.json"  # of pieces among the captions of training, by which bags weigh a text's words
+BACKGROUND = "background.safetensors"  # what finding goes by beside the weights
 FILE_NAME = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODES = {"fp32": "F32", "bf16": "BF16"}  # as safetensors has it
 CHUNK = 2**22  # elements that are read, rounded and written at once
 
 Placement = dict[str, int | str]
-Rarity = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Description(BaseModel):
@@ -71,7 +71,7 @@ class Plan:
     slices: dict[str, list[SavedSlice]]  # of each weight
     files: dict[str, list[str]]  # names of the weights in each file
     companions: list[Path]  # copied as they are
-    rarity: dict[int, float] | None  # of words, for bags
+    background: Background | None  # of a model that can find
 
     @property
     def bytes(self) -> int:
@@ -84,7 +84,7 @@ def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, corpus: Corpus, d
     A weight larger than that has a file of its own. Raises UserError if the checkpoint is not of this corpus, or is not
     what its recipe says.
     """
-    from training.data.tasks.contrast import word_rarity  # its import takes seconds, and loading does without
+    from training.background import Background  # its import takes seconds, and loading does without
 
     for key, own in (("tokenizer", corpus.tokenizer.sha256), ("data", corpus.fingerprint)):
         if manifest.get(key) != own:
@@ -107,8 +107,8 @@ def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, corpus: Corpus, d
         feature_network=corpus.manifest["files"][network.name]["sha256"] if network else None,
     )
     companions = [corpus.tokenizer.path, *([network] if network else [])]
-    rarity = word_rarity(corpus) if shape.bag_width else None
-    return Plan(description, weights, slices, split.filename_to_tensors, companions, rarity)
+    background = Background.of(corpus, shape) if "contrast" in recipe.tasks else None
+    return Plan(description, weights, slices, split.filename_to_tensors, companions, background)
 
 
 def _without_values(shape: ModelConfig, dtype: str) -> M6:
@@ -141,8 +141,8 @@ def write(plan: Plan, target: Path, advance: Callable[[int], object]) -> None:
             index = {"metadata": {"total_size": plan.bytes}, "weight_map": dict(sorted(where.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         (folder / CONFIG).write_text(plan.description.model_dump_json(indent=1), encoding="utf-8")
-        if plan.rarity is not None:
-            (folder / RARITY).write_text(json.dumps(plan.rarity), encoding="utf-8")
+        if plan.background:
+            plan.background.save(folder / BACKGROUND)
         for file in plan.companions:
             shutil.copyfile(file, folder / file.name)
 
@@ -269,14 +269,6 @@ def read_description(folder: Path) -> Description:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
         raise UserError(f"{folder / CONFIG}: {place or 'it'}: {one_line(problem['msg'])}") from None
-
-
-def read_rarity(folder: Path) -> dict[int, float]:
-    """Of an export. Raises UserError."""
-    try:
-        return TypeAdapter(dict[int, Rarity]).validate_json((folder / RARITY).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{folder / RARITY}: cannot be read ({one_line(str(error))}); export anew") from None
 
 
 def _files(folder: Path, weights: dict[str, Tensor]) -> dict[Path, list[str]]:

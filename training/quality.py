@@ -140,8 +140,8 @@ def corpus_texts(corpus: Corpus, split: str, kind: str) -> list[Text]:
 
 
 def similarities(m: M6, pairs: Sequence[Pair]) -> np.ndarray:
-    """float32 [pictures, texts], from -1 to 1."""
-    return m.embed_images([pair.image for pair in pairs]).similarity(m.embed_texts([pair.words for pair in pairs]))
+    """float32 [pictures, texts]: how well they fit."""
+    return m.compare([pair.image for pair in pairs], [pair.words for pair in pairs])
 
 
 def measure_retrieval(similarity: np.ndarray, pairs: Sequence[Pair]) -> tuple[Report, dict[str, Recall]]:

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from training.data.images import SUFFIXES, read_picture
 from training.data.rows import clean
-from training.embedding import BAG, TRUNK, WORDS, Embeddings
+from training.embedding import ASKED, BAG, CALLED, TRUNK, Embeddings
 from training.errors import UserError
 from training.files import replace
 from training.trained import M6
@@ -85,7 +85,7 @@ class Index:
         return cls(folder, identity, entries, seen, said)
 
     def _owner(self) -> dict[str, str]:
-        weights = f"{TRUNK} {BAG} {WORDS}"
+        weights = f"{TRUNK} {BAG} {CALLED} {ASKED}"
         return {"identity": self.identity, "folder": ascii(str(self.folder.resolve())), "weights": weights}
 
     def save(self, place: Path) -> None:

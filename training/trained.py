@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from model.image_tokens import ImageTokenizer
 from model.m6 import M6 as Network
 from model.mask_predict import Filled, MaskPredict, fill_grid
 from model.trie import Trie
+from training.background import Background
 from training.canvas import Canvas, region_of
 from training.data.batches import Batch, Batcher, picture_side, pixel_patches
 from training.data.corpus import FEATURE_NETWORK, TOKENIZER, Corpus
@@ -34,13 +36,13 @@ from training.data.images import opaque, read_file, read_image, read_original, r
 from training.data.rows import clean, clean_lines
 from training.data.tasks import Row
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS
-from training.data.tasks.contrast import Contrast, word_rarity
+from training.data.tasks.contrast import Contrast
 from training.data.tasks.draw import draw_prompt
 from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
-from training.embedding import Embeddings
+from training.embedding import Embeddings, standard_scores
 from training.errors import UserError
-from training.export import CONFIG, load_checkpoint, load_exported, read_description, read_rarity
+from training.export import BACKGROUND, CONFIG, load_checkpoint, load_exported, read_description
 from training.image_folder import load_image_tokenizer
 from training.recipe import Recipe
 from training.run import checkpoints_of, chosen_checkpoints
@@ -111,14 +113,14 @@ class M6:
         text_positions: int,
         step: int,
         recipe: Recipe | None = None,
-        rarity: Mapping[int, float] | None = None,
+        background: Callable[[], Background] | None = None,
     ):
         """`features`: None for a model that takes pixels. `text_positions`: what rows had in training at the most.
 
-        `recipe`: that of the run; an export has none. `rarity`: of pieces in the captions of training, for bags.
+        `recipe`: that of the run; an export has none. `background`: gives what finding goes by beside the weights.
         """
         self.network, self.tokenizer, self.features, self.text_positions = network, tokenizer, features, text_positions
-        self.step, self.recipe, self.rarity = step, recipe, rarity or {}
+        self.step, self.recipe, self._background = step, recipe, background
         self.batch_of = Batcher(tokenizer, self.shape, self._look)
 
     @classmethod
@@ -137,8 +139,8 @@ class M6:
         if corpus.fingerprint != manifest["data"] or corpus.tokenizer.sha256 != manifest["tokenizer"]:
             raise UserError(f"{place}: it was trained on other data than {corpus.folder}; give its own with --data")
         features = PatchFeatures(corpus.feature_network) if recipe.model_shape().image_input == "features" else None
-        rarity = word_rarity(corpus) if network.bags else None
-        return cls(network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe, rarity)
+        background = partial(Background.of, corpus, network.config)
+        return cls(network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe, background)
 
     @classmethod
     def _of_export(cls, folder: Path) -> M6:
@@ -149,17 +151,22 @@ class M6:
             raise UserError(f"{folder}: its tokenizer or its feature network is not the one that {CONFIG} names")
         device: int | str = 0 if torch.cuda.is_available() else "cpu"
         network = load_exported(folder, {"": device})
-        rarity = read_rarity(folder) if network.bags else None
-        return cls(network, tokenizer, features, described.text_positions, described.step, rarity=rarity)
+        background = partial(Background.read, folder / BACKGROUND)
+        return cls(network, tokenizer, features, described.text_positions, described.step, background=background)
 
     @property
     def shape(self) -> ModelConfig:
         return self.network.config
 
+    @cached_property
+    def background(self) -> Background:
+        assert self._background
+        return self._background()
+
     @property
     def identity(self) -> str:
-        """Equal for models that see the same in a picture and a text: weights, feature network, and rarity of words."""
-        digest = xxhash.xxh3_128(repr((self.features and self.features.sha256, sorted(self.rarity.items()))).encode())
+        """Equal for models that see the same in a picture and a text: weights, feature network, and background."""
+        digest = xxhash.xxh3_128(repr((self.features and self.features.sha256, self.background.digest)).encode())
         for weight in self.network.state_dict().values():
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -432,7 +439,17 @@ class M6:
         most = min(Contrast.positions, self.text_positions) - 1
         cleaned = [self._cleaned(text) for text in texts]
         found = self._embed([Row(self.tokenizer.encode_finely(text)[:most], [], None, 0) for text in cleaned])
-        return found.saying(cleaned, self.tokenizer, self.rarity) if self.network.bags else found
+        return found.saying(cleaned, self.tokenizer, self.background.rarity) if self.network.bags else found
+
+    def compare(self, images: Sequence[Picture], texts: Sequence[str]) -> np.ndarray:
+        """How well each text fits each picture, float32 [images, texts]; see `standard_scores`."""
+        said = self.embed_texts(texts)
+        return standard_scores(self.embed_images(images).similarity(said), self._usual.similarity(said))
+
+    @cached_property
+    def _usual(self) -> Embeddings:
+        """Of the background's pictures."""
+        return self._embed([Row([], [], patches, 0) for patches in self.background.patches_NPC], calling=True)
 
     @torch.no_grad()
     def _embed(self, rows: Sequence[Row], calling: bool = False) -> Embeddings:
@@ -444,7 +461,8 @@ class M6:
             trunk_BD, bag_BS = self.network.summaries(batch)
             part = Embeddings.of(trunk_BD, bag_BS)
             if calling and bag_BS is not None and self.network.bags:
-                part = part.calling(self.network.bags.called_for(bag_BS))
+                bags = self.network.bags
+                part = part.calling(bags.called_for(bag_BS), bags.asked_for(batch["image_BPC"]))
             parts.append(part)
         return Embeddings.joined(parts)
 
@@ -529,7 +547,10 @@ class M6:
         except ValueError as error:
             raise UserError(f"the picture: {error}") from None
 
-    def _look(self, picture: Image.Image) -> np.ndarray:
+    def _look(self, picture: Image.Image | np.ndarray) -> np.ndarray:
+        """Patches of a picture, or these themselves."""
+        if isinstance(picture, np.ndarray):
+            return picture
         if self.features:
             return self.features([picture])[0].numpy()
         return pixel_patches(as_array(augmented(picture, 0, square_side=picture_side(self.shape))), self.shape)

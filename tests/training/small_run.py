@@ -8,12 +8,12 @@ import torch
 
 from model.config import ModelConfig
 from model.m6 import M6 as Network
+from training.background import Background
 from training.data.batches import Collator
 from training.data.corpus import Corpus
 from training.data.features import PatchFeatures
 from training.data.order import GlobalOrder
 from training.data.tasks import TASKS
-from training.data.tasks.contrast import word_rarity
 from training.trained import M6
 
 WEIGHTS = {"contrast": 1}
@@ -40,7 +40,7 @@ def train_small(corpus: Corpus) -> M6:
         optimizer.zero_grad()
     features = PatchFeatures(corpus.feature_network)
     trained = network.eval().requires_grad_(False)
-    return M6(trained, corpus.tokenizer, features, POSITIONS, STEPS, rarity=word_rarity(corpus))
+    return M6(trained, corpus.tokenizer, features, POSITIONS, STEPS, background=lambda: Background.of(corpus, shape))
 
 
 def write_pictures(corpus: Corpus, rows: list[int], folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from tests.model.samples import TINY
 from tests.training.small_run import write_pictures
 from training.data.corpus import Corpus
 from training.data.tasks.contrast import picture_words, word_rarity
-from training.embedding import BAG, TRUNK, WORDS, Embeddings
+from training.embedding import ASKED, BAG, CALLED, TRUNK, Embeddings, standard_scores
 from training.trained import M6
 
 LAW = settings(deadline=None, derandomize=True, max_examples=40)
@@ -59,7 +59,7 @@ def test_parts_are_joined_and_taken_out_in_order() -> None:
     assert len(Embeddings.joined([])) == 0 and Embeddings.joined([]).similarity(made(3, 1)).shape == (0, 3)
 
 
-def test_a_pictures_score_is_a_weighted_mean_of_three_cosines(
+def test_a_pictures_score_is_a_weighted_mean_of_four_cosines(
     small_run: M6, sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     rows = sample_corpus.picture_rows("train")[:5].tolist()
@@ -84,10 +84,39 @@ def test_a_pictures_score_is_a_weighted_mean_of_three_cosines(
     average = (m.network.bags.words.weight @ m.network.bags.image.bias).softmax(-1)
     called = np.clip(np.sqrt(logs.exp().numpy()) - np.sqrt(average.numpy()), 0, None)
     called /= np.linalg.norm(called, axis=1, keepdims=True)
-    kept = called >= np.sort(called, axis=1)[:, [-256]]
-    expected = trunk + bag + WORDS * (called * kept) @ own.T
+    asked = embed(m.network.bags.asked_image(features.mean(1)) @ m.network.bags.asked_words.weight.T).numpy()
+    both = CALLED * called + ASKED * asked
+    kept = both >= np.sort(both, axis=1)[:, [-256]]
+    expected = trunk + bag + (both * kept) @ own.T
     np.testing.assert_allclose(images.similarity(words), expected, atol=1e-4)
-    assert pytest.approx(1) == TRUNK + BAG + WORDS
+    assert pytest.approx(1) == TRUNK + BAG + CALLED + ASKED
+
+
+def test_a_text_that_is_near_to_all_pictures_fits_none_the_better(
+    small_run: M6, sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rows = sample_corpus.picture_rows("train")[:7].tolist()
+    paths = write_pictures(sample_corpus, rows, tmp_path_factory.mktemp("pictures"))
+    texts = [picture_words(sample_corpus.picture(row)) for row in rows]
+    found = small_run.compare(paths, texts)
+    usual_rows = sample_corpus.picture_rows("train").tolist()  # fewer than are taken
+    usual = write_pictures(sample_corpus, usual_rows, tmp_path_factory.mktemp("usual"))
+    own, others = (small_run.embed_images(some).similarity(small_run.embed_texts(texts)) for some in (paths, usual))
+    np.testing.assert_allclose(found, (own - others.mean(0)) / others.std(0), atol=0.05)
+    np.testing.assert_array_equal(np.argsort(found, 0), np.argsort(own, 0))  # the best picture of a text stays the best
+
+
+@LAW
+@given(st.integers(2, 9), st.integers(1, 5), st.floats(0.1, 9), st.floats(-5, 5), st.integers(0, 99))
+def test_standard_scores_forget_how_near_a_text_is_to_all(
+    k: int, m: int, scale: float, shift: float, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    similarity, usual = random.standard_normal((4, m)), random.standard_normal((k, m))
+    scores = standard_scores(similarity, usual)
+    np.testing.assert_allclose(standard_scores(similarity * scale + shift, usual * scale + shift), scores, atol=1e-6)
+    np.testing.assert_allclose(standard_scores(usual, usual).mean(0), 0, atol=1e-6)
+    assert np.isfinite(standard_scores(similarity, usual * 0)).all()
 
 
 def test_a_model_without_bags_goes_by_its_trunk() -> None:
@@ -104,5 +133,5 @@ def test_words_that_were_never_taught_count_for_nothing(sample_corpus: Corpus) -
     rarity = {word: 2.0 for word in sample_corpus.tokenizer.words("红色")}
     found = Embeddings.of(torch.ones(2, 3), bag).saying(["红色", "𓀀𪚥"], sample_corpus.tokenizer, rarity)
     assert set(found.words_NW[0][found.words_NW[0] >= 0]) == set(rarity)
-    assert np.linalg.norm(found.weights_NW[0]) == pytest.approx(WORDS**0.5)
+    assert np.linalg.norm(found.weights_NW[0]) == pytest.approx((CALLED + ASKED) ** 0.5)
     assert (found.words_NW[1] == -1).all() and (found.weights_NW[1] == 0).all()

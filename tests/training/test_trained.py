@@ -19,7 +19,7 @@ from training.data.order import random_at
 from training.data.tasks import TASKS, Row
 from training.data.tasks.contrast import picture_words
 from training.errors import UserError
-from training.export import RARITY
+from training.export import BACKGROUND
 from training.image_folder import load_image_tokenizer, open_corpus
 from training.recipe import TASK_NAMES, Recipe
 from training.trained import Hand, Style
@@ -64,27 +64,29 @@ def test_an_export_says_what_its_run_says(run: Path, m: M6, pictures: list[Image
     assert exported.step == 5 and exported.recipe is None and exported.text_positions == m.text_positions
 
 
-@pytest.mark.parametrize("damage", [None, "gone", "no numbers"])
+@pytest.mark.parametrize("damage", [None, "gone", "garbage", "half"])
 def test_an_export_finds_what_its_run_finds(
     damage: str | None, sample_corpus: Corpus, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
     recipe = make_recipe(sample_corpus, bag_width=16).model_copy(update={"tasks": {"contrast": 1.0}})
     make_checkpoints(tmp_path / "run" / "checkpoints", recipe, sample_corpus, 2)
     export_run(str(tmp_path / "run"), target=tmp_path / "export", dtype="fp32")
+    background = tmp_path / "export" / BACKGROUND
     if damage:
-        (tmp_path / "export" / RARITY).unlink() if damage == "gone" else (tmp_path / "export" / RARITY).write_text(
-            "{x}"
-        )
-        with pytest.raises(UserError, match=f"{RARITY}: cannot be read .*export anew"):
-            M6.load(tmp_path / "export")
+        whole = background.read_bytes()
+        background.unlink()
+        if damage != "gone":
+            background.write_bytes(whole[:-9] if damage == "half" else b"{x}")
+        with pytest.raises(UserError, match=f"{BACKGROUND}: cannot be read .*export anew"):
+            M6.load(tmp_path / "export").embed_texts(["红色"])
         return
     texts = ["红色的圆", "蓝色"]
-    own, exported = (
-        one.embed_images(pictures[:3]).similarity(one.embed_texts(texts))
-        for one in (M6.load(tmp_path / "run"), M6.load(tmp_path / "export"))
-    )
+    of_run, of_export = M6.load(tmp_path / "run"), M6.load(tmp_path / "export")
+    own, exported = (one.embed_images(pictures[:3]).similarity(one.embed_texts(texts)) for one in (of_run, of_export))
     np.testing.assert_allclose(exported, own, atol=1e-6)
     assert len(np.unique(own.round(6))) == 6
+    np.testing.assert_allclose(of_export.compare(pictures[:3], texts), of_run.compare(pictures[:3], texts), atol=1e-4)
+    assert of_export.identity == of_run.identity
 
 
 def test_captions_heed_the_words_that_a_picture_calls_for(

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from training.background import usual_rows
 from training.data.corpus import Corpus
 from training.data.features import PatchFeatures, augmented, pixels
 from training.data.images import on_white
 from training.data.splits import Split
 from training.data.tasks.contrast import picture_words
+from training.embedding import standard_scores
 
 SIDE = 144  # pixels
 RIDGE = 3000.0
@@ -75,14 +77,17 @@ def stored_features(corpus: Corpus) -> np.ndarray:
 
 
 def rivals(corpus: Corpus, cache: Path | str, split: str, texts: Sequence[str], rows: Sequence[int]) -> Similarities:
-    """What each rival makes of these pictures of a split, and texts: of 144 px, and of what models are given.
+    """What each rival makes of these pictures of a split, and texts.
 
-    Trained on the training split, and for the test split on the validation split, too. `cache` and errors as of
-    `pooled_features`.
+    `ridge`: of 144 px. `ridge_stored`: of what models are given, by standard scores as theirs are. Trained on the
+    training split, and for the test split on the validation split, too. `cache` and errors as of `pooled_features`.
     """
     known: list[Split] = ["train", "validation"] if split == "test" else ["train"]
     features = {"ridge": pooled_features(corpus, cache), "ridge_stored": stored_features(corpus)}
-    return {name: fit(corpus, of_ND, known).similarity(of_ND[rows], texts) for name, of_ND in features.items()}
+    fitted = {name: fit(corpus, of_ND, known) for name, of_ND in features.items()}
+    found = {name: fitted[name].similarity(of_ND[rows], texts) for name, of_ND in features.items()}
+    usual = fitted["ridge_stored"].similarity(features["ridge_stored"][usual_rows(corpus)], texts)
+    return found | {"ridge_stored": standard_scores(found["ridge_stored"], usual)}
 
 
 class PooledFeatures:
