@@ -1,4 +1,4 @@
-"""`m6 verify` and `m6 export`: a run's checkpoints, checked, and turned into weights for inference."""
+"""`m6 verify`, `m6 export`, `m6 delink`: a run's checkpoints, checked, turned into weights or into another run's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from training import checkpoint_files
 from training.errors import UserError
 from training.recipe import parse_recipe
-from training.run import checkpoints_of, chosen_checkpoints
+from training.run import RECIPE, checkpoints_of, chosen_checkpoints, home_of, run_folder
 
 POINTER = re.compile(r"(step-[0-9]+) ([0-9a-f]{32})")
 EXPORTS = "exports"
@@ -83,6 +83,34 @@ def export_run(
             write(planned, target, partial(bars.advance, bar))
     what = f"step {manifest['step']}, {decimal(planned.bytes)} of {dtype} weights in {len(planned.files)} file(s)"
     Console().print(f"exported: {target} ({what})", markup=False, highlight=False, soft_wrap=True)
+
+
+def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None, reset: bool) -> None:
+    """Give each layer of a run that shares one its own weights, as the beginning of the run `name`. Raises UserError.
+
+    `run` and `step` as of `export_run`; `overrides` and `reset` as of `delink.plan`.
+    """
+    from training.delink import plan, write
+
+    path = chosen_checkpoints(checkpoints_of(run), step)[-1].absolute()
+    folder = run_folder(name)
+    if folder.exists():
+        raise UserError(f"{folder} exists: choose another --name")
+    with checkpoint_files.reading(path):
+        manifest = checkpoint_files.read_manifest(path)
+        planned = plan(path, manifest, list(overrides), reset)
+        with _bars() as bars:
+            verified = _verified(path, bars)
+            if verified and verified.problems:
+                raise UserError(f"{verified.problems[0]}; `m6 verify {run}` shows which --step is whole")
+            bar = bars.add_task("writing", total=planned.bytes)
+            written = write(planned, home_of(path), folder, partial(bars.advance, bar))
+    layers = planned.recipe.model_shape().layers
+    console = Console()
+    told = f"delinked: {written} (1 layer -> {layers}, {decimal(planned.bytes)})"
+    go_on = f"go on:    m6 train --recipe {folder / RECIPE} --name {name} --resume"
+    for line in (told, go_on):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _verified(path: Path, bars: Progress) -> Verified | None:

@@ -145,6 +145,29 @@ def export(run: str, step: int | None, target: Path | None, dtype: str, shard_si
     export_run(run, step, target, dtype, shard_size, data)
 
 
+@m6.command()
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--name", required=True, help="Of the new run: runs/NAME.")
+@click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step; the newest if not given.")
+@click.option(
+    "--moments",
+    type=click.Choice(["clone", "reset"]),
+    default="clone",
+    show_default=True,
+    help="Adam's: those of the shared layer for every layer, or all begin anew.",
+)
+def delink(run: str, overrides: tuple[str, ...], name: str, step: int | None, moments: str) -> None:
+    """Give each layer of a run that shared one (model.share_layers) its own weights, in a new run to go on with.
+
+    RUN: as for `m6 verify`. KEY=VALUE overrides any key of the recipe but the model's, such as global_batch=64.
+    """
+    _without_gpu()
+    from launch.checkpoints import delink_run
+
+    delink_run(run, overrides, name, step, moments == "reset")
+
+
 def _without_gpu() -> None:
     """For verbs that handle files alone: DeepSpeed, when imported, would look for a GPU and tell what it found."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -6,16 +6,13 @@ memory; this one streams the slices into the file and hashes what it writes.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
@@ -24,7 +21,7 @@ from torch.futures import Future
 
 from training.snapshot import Snapshot
 from training.states import ELEMENT, Part
-from training.tensor_files import OFFSETS, head
+from training.tensor_files import HashedFile, slices_head
 
 
 class Slice(Tensor):
@@ -71,8 +68,8 @@ class SliceWriter(dcp.HuggingFaceStorageWriter):
     def write_data(self, plan: SavePlan, _: Any) -> Future[list[WriteResult]]:
         name = f"rank-{dist.get_rank():05}.safetensors"
         assert [item.index.fqn for item in plan.items] == self._keys, "the snapshot's pieces have no names"
-        with _Sink(Path(self.path) / name) as sink:
-            sink.write(_header(plan.items))
+        with HashedFile(Path(self.path) / name) as sink:
+            sink.write(slices_head(map(_place, plan.items)))
             for item in plan.items:
                 for chunk in self._snapshot.take(_bytes(item)):
                     sink.write(chunk.view(torch.uint8).numpy().data)
@@ -94,32 +91,6 @@ class SliceReader(dcp.HuggingFaceStorageReader):
         return self._metadata
 
 
-class _Sink:
-    """A file that is hashed while it is written, and flushed to the disk before it is closed."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("wb", buffering=0)
-        self._hash, self._size = xxhash.xxh3_128(), 0
-
-    def __enter__(self) -> _Sink:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        with self._file:
-            if kind is None:
-                os.fsync(self._file.fileno())
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
-        self._size += len(data)
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-
-    def facts(self) -> dict[str, Any]:
-        return {"bytes": self._size, "xxh3": self._hash.hexdigest()}
-
-
 def _bytes(item: WriteItem) -> int:
     return _chunk_of(item).sizes[0] * ELEMENT
 
@@ -129,8 +100,7 @@ def _chunk_of(item: WriteItem) -> ChunkStorageMetadata:
     return item.tensor_data.chunk
 
 
-def _header(items: Sequence[WriteItem]) -> bytes:
-    """The head of a safetensors file, with what torch.distributed.checkpoint's reader wants to know of slices."""
-    offsets = {item.index.fqn: {"saved_offsets": list(_chunk_of(item).offsets)} for item in items}
-    tensors = [(item.index.fqn, "F32", _chunk_of(item).sizes, _bytes(item)) for item in items]
-    return head(tensors, {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
+def _place(item: WriteItem) -> tuple[str, int, int]:
+    """Key, offset and number of elements."""
+    chunk = _chunk_of(item)
+    return item.index.fqn, chunk.offsets[0], chunk.sizes[0]

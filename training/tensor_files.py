@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from training.errors import UserError
@@ -39,6 +42,43 @@ def head(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[
     text = json.dumps(entries | {"__metadata__": metadata}).encode()
     text += b" " * (-len(text) % 8)  # values are aligned
     return len(text).to_bytes(LENGTH, "little") + text
+
+
+def slices_head(slices: Iterable[tuple[str, int, int]]) -> bytes:
+    """The head of a checkpoint's file: key, offset and number of elements of each slice, in order.
+
+    With what torch.distributed.checkpoint's reader wants to know of slices.
+    """
+    own = list(slices)
+    offsets = {key: {"saved_offsets": [offset]} for key, offset, _ in own}
+    tensors = [(key, "F32", [numel], numel * ELEMENT) for key, _, numel in own]
+    return head(tensors, {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
+
+
+class HashedFile:
+    """A file that is hashed while it is written, and flushed to the disk before it is closed."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb", buffering=0)
+        self._hash, self._size = xxhash.xxh3_128(), 0
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                os.fsync(self._file.fileno())
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        self._size += len(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def facts(self) -> dict[str, Any]:
+        return {"bytes": self._size, "xxh3": self._hash.hexdigest()}
 
 
 def saved_slices(folder: Path, names: Iterable[str]) -> dict[str, list[SavedSlice]]:
