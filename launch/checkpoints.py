@@ -90,7 +90,7 @@ def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None
 
     `run` and `step` as of `export_run`; `overrides` and `reset` as of `delink.plan`.
     """
-    from training.delink import plan, write
+    from training.delink import plan, write_run
 
     path = chosen_checkpoints(checkpoints_of(run), step)[-1].absolute()
     folder = run_folder(name)
@@ -98,13 +98,15 @@ def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None
         raise UserError(f"{folder} exists: choose another --name")
     with checkpoint_files.reading(path):
         manifest = checkpoint_files.read_manifest(path)
-        planned = plan(path, manifest, list(overrides), reset)
+        shared = parse_recipe(manifest.get("recipe", {}), [], str(path))
+        recipe = parse_recipe(shared.delinked().model_dump(mode="json"), list(overrides), str(path))
+        planned = plan(path, manifest, recipe, reset)
         with _bars() as bars:
             verified = _verified(path, bars)
             if verified and verified.problems:
                 raise UserError(f"{verified.problems[0]}; `m6 verify {run}` shows which --step is whole")
             bar = bars.add_task("writing", total=planned.bytes)
-            written = write(planned, home_of(path), folder, partial(bars.advance, bar))
+            written = write_run(planned, home_of(path), folder, partial(bars.advance, bar))
     layers = planned.recipe.model_shape().layers
     console = Console()
     told = f"delinked: {written} (1 layer -> {layers}, {decimal(planned.bytes)})"

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from training import delink as delinking
 from training import states
 from training.checkpoint_files import (
     FORMAT,
@@ -36,7 +37,7 @@ from training.checkpoint_files import (
 )
 from training.engine import Engine
 from training.errors import RestartableError, UserError
-from training.recipe import one_line, shown
+from training.recipe import Recipe, one_line, shown
 from training.slices import Slice, SliceReader, SliceWriter
 from training.snapshot import Snapshot
 from training.start import PATIENCE
@@ -213,6 +214,27 @@ def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None = Non
     dist.broadcast_object_list(told, src=0, group=group)
     _raise_first(told)
     return result
+
+
+def delink(path: Path, recipe: Recipe, get_on: Callable[[], object]) -> None:
+    """Put a checkpoint of layers with their own weights in the place of one that shares them, all ranks a share of it.
+
+    `recipe`: that of the training so far. `get_on` is called after each piece that is written. Collective. Raises
+    UserError.
+    """
+    planned = delinking.plan(path, read_manifest(path), recipe.delinked(), recipe.delink.moments == "reset")
+    on_first_rank(lambda: delinking.begin(planned, path.parent))
+    partial = delinking.partial_of(planned, path.parent)
+    own, error = {}, ""
+    try:
+        names = sorted(planned.files)[dist.get_rank() :: dist.get_world_size()]
+        own = delinking.write_files(planned, partial, names, lambda _: get_on())
+    except OSError as problem:
+        error = one_line(str(problem))
+    gathered = _gather((error, own))
+    _raise_first([error for error, _ in gathered])
+    files = {name: facts for _, part in gathered for name, facts in part.items()}
+    on_first_rank(lambda: delinking.finish(planned, partial, files))
 
 
 def _raise_first(errors: list[str]) -> None:

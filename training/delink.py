@@ -1,25 +1,27 @@
 """Delinking: layers that shared one set of weights go on with a set each (M6-10T, arXiv 2110.03888: Pseudo-to-Real).
 
-From a checkpoint of the run that shares to the first checkpoint of one that does not. The shared layer's slices are
-copied once for every layer, a piece at a time, so that no part of the model is ever held; all others are copied once.
+From a checkpoint of layers that share to one of layers that do not, of the same run or of a new one. The shared layer's
+slices are copied once for every layer, a piece at a time, so that no part of the model is ever held; all others once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from model.config import ModelConfig
-from training.checkpoint_files import commit, make_room, point_at
+from training.checkpoint_files import commit, make_room, point_at, read_manifest, steps
 from training.errors import UserError
 from training.files import replace
-from training.recipe import Recipe, parse_recipe
+from training.recipe import Delink, Recipe, parse_recipe
 from training.run import CHECKPOINTS, RECIPE
 from training.tensor_files import ELEMENT, HashedFile, SavedSlice, saved_slices, slices_head
 
@@ -32,8 +34,8 @@ METRICS = "metrics.jsonl"
 class Delinking:
     """What is to be written, settled before anything is."""
 
-    recipe: Recipe  # of the run that goes on
-    manifest: dict[str, Any]  # of its first checkpoint, but for its files
+    recipe: Recipe  # with which training goes on
+    manifest: dict[str, Any]  # of the new checkpoint, but for its files
     files: dict[str, list[tuple[str, SavedSlice]]]  # keys, and where the values of each are to be had
 
     @property
@@ -41,17 +43,44 @@ class Delinking:
         return sum(piece.numel * ELEMENT for own in self.files.values() for _, piece in own)
 
 
-def plan(path: Path, manifest: dict[str, Any], overrides: list[str], reset: bool) -> Delinking:
-    """How to delink the checkpoint `path`; `overrides` are of the recipe with which training goes on.
+@dataclass
+class Plateau:
+    """The last losses of a run, by which it is seen whether the loss falls no more."""
+
+    losses: list[float] = field(default_factory=list)
+
+    def add(self, loss: float, rule: Delink) -> None:
+        self.losses = [*self.losses, loss][-2 * rule.window :]
+
+    def reached(self, step: int, rule: Delink) -> bool:
+        """Whether, after `step` steps, the layers are to get their own weights."""
+        if rule.after and step >= rule.after:
+            return True
+        if not rule.flat or len(self.losses) < 2 * rule.window:
+            return False
+        before, last = fmean(self.losses[: rule.window]), fmean(self.losses[rule.window :])
+        return last > (1 - rule.flat) * before
+
+
+def is_delinked(checkpoints: Path) -> bool:
+    """Whether the newest checkpoint in a run's folder was made after its layers got their own weights."""
+    for step in reversed(steps(checkpoints)):
+        with contextlib.suppress(UserError):
+            path = checkpoints / f"step-{step}"
+            return not parse_recipe(read_manifest(path)["recipe"], [], str(path)).model_shape().share_layers
+    return False
+
+
+def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, reset: bool) -> Delinking:
+    """How to delink the checkpoint `path`; `recipe` is that with which training goes on.
 
     `reset`: Adam's moments begin anew; else each layer has those of the shared one. Raises UserError if layers are not
-    shared, or the overrides are of another model.
+    shared, or the recipe is of another model.
     """
     earlier = parse_recipe(manifest.get("recipe", {}), [], str(path))
     was = earlier.model_shape()
     if not was.share_layers:
         raise UserError(f"{path}: its {was.layers} layers have their own weights already: there is nothing to delink")
-    recipe = parse_recipe(manifest["recipe"], ["model.share_layers=false", *overrides], str(path))
     _check_shape(was, recipe.model_shape())
     slices = saved_slices(path, manifest["files"])
     files: dict[str, list[tuple[str, SavedSlice]]] = {name: [] for name in sorted(manifest["files"])}
@@ -67,38 +96,63 @@ def plan(path: Path, manifest: dict[str, Any], overrides: list[str], reset: bool
         "adam_step": 0 if reset else manifest["adam_step"],
         "position": position,
         "safeguard": manifest.get("safeguard", {}) | {"passed_over": _passed(position, manifest["step"], recipe)},
-        "tracker": None,  # the new run has a page of its own
         "evaluation_due": True,  # which shows that nothing has changed yet
-        "delinked_from": str(path),
     }
     return Delinking(recipe, {key: value for key, value in (manifest | settled).items() if key != "files"}, files)
 
 
-def write(plan: Delinking, source: Path, run: Path, advance: Callable[[int], object]) -> Path:
-    """Carry out a plan for the run of folder `source`, in the new folder `run`; returns the checkpoint.
+def partial_of(plan: Delinking, checkpoints: Path) -> Path:
+    """The folder in which the delinked checkpoint grows."""
+    return checkpoints / f".step-{plan.manifest['step']}.partial"
 
-    `advance` is told of bytes as they are written. Raises UserError.
+
+def begin(plan: Delinking, checkpoints: Path) -> None:
+    """Make room for the delinked checkpoint. Raises UserError, OSError."""
+    make_room(partial_of(plan, checkpoints))
+    free = shutil.disk_usage(checkpoints).free
+    if free < plan.bytes:
+        needed = f"delinked weights take {plan.bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there"
+        raise UserError(f"{checkpoints}: {needed}")
+
+
+def write_files(
+    plan: Delinking, partial: Path, names: Sequence[str], advance: Callable[[int], object]
+) -> dict[str, dict[str, Any]]:
+    """Write some of the plan's files: their sizes and checksums. `advance` is told of bytes. Raises OSError."""
+    return {name: _write_file(partial / name, plan.files[name], advance) for name in names}
+
+
+def finish(plan: Delinking, partial: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """Seal the checkpoint, in place of that of the shared layers if it has the same name. Raises OSError."""
+    final = partial.with_name(f"step-{plan.manifest['step']}")
+    if final.exists():
+        final.rename(final.with_name(f".{final.name}.aside"))
+    commit(partial, final, plan.manifest | {"files": files})
+    point_at(final)
+    return final
+
+
+def write_run(plan: Delinking, source: Path, run: Path, advance: Callable[[int], object]) -> Path:
+    """Carry out a plan for the run of folder `source`, as the beginning of one in the new folder `run`.
+
+    Returns the checkpoint; `advance` is told of bytes as they are written. Raises UserError.
     """
-    home, final = run / CHECKPOINTS, f"step-{plan.manifest['step']}"
-    partial = home / f".{final}.partial"
+    own = dataclasses.replace(plan, manifest=plan.manifest | {"tracker": None})  # it has a page of its own
     try:
-        make_room(partial)
-        free = shutil.disk_usage(home).free
-        if free < plan.bytes:
-            raise UserError(f"{run}: it takes {plan.bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there")
-        files = {name: _write_file(partial / name, own, advance) for name, own in plan.files.items()}
+        partial = partial_of(own, run / CHECKPOINTS)
+        begin(own, run / CHECKPOINTS)
+        files = write_files(own, partial, list(own.files), advance)
         if (source / METRICS).exists():
             shutil.copyfile(source / METRICS, run / METRICS)
-        commit(partial, home / final, plan.manifest | {"files": files})
-        point_at(home / final)
-        text = yaml.safe_dump(plan.recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+        final = finish(own, partial, files)
+        text = yaml.safe_dump(own.recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
         replace(run / RECIPE, text, durable=True)  # last: with it the run has begun
     except OSError as error:
         raise UserError(f"{error.filename or run}: cannot be written ({error.strerror})") from None
     finally:
         if not (run / RECIPE).exists():
             shutil.rmtree(run, ignore_errors=True)
-    return home / final
+    return final
 
 
 def _copies(key: str, layers: int) -> Iterator[str]:
@@ -111,11 +165,11 @@ def _copies(key: str, layers: int) -> Iterator[str]:
 
 
 def _check_shape(was: ModelConfig, now: ModelConfig) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        before, after = getattr(dataclasses.replace(was, share_layers=False), field.name), getattr(now, field.name)
-        if before != after:
-            why = "the one layer was called as many times" if field.name == "layers" else "delinking keeps the model"
-            raise UserError(f"model.{field.name}={after}: it was {before}, and {why}")
+    wanted, found = dataclasses.asdict(was) | {"share_layers": False}, dataclasses.asdict(now)
+    for name, before in wanted.items():
+        if found[name] != before:
+            why = "the one layer was called as many times" if name == "layers" else "delinking keeps the model"
+            raise UserError(f"model.{name}={found[name]}: it was {before}, and {why}")
 
 
 def _passed(position: int, step: int, recipe: Recipe) -> int:

@@ -16,6 +16,7 @@ from training import checkpoint, checkpoint_files, ds_config, states
 from training.data.batches import Collator, StepBatches
 from training.data.order import GlobalOrder
 from training.data.tasks import TASKS
+from training.delink import Plateau, is_delinked
 from training.engine import Engine, StepResult
 from training.errors import LEFT, RestartableError, UserError
 from training.evaluate import Validation
@@ -53,12 +54,13 @@ class Training:
         heartbeat: Heartbeat | None = None,
     ):
         """`allowed`: keys of the recipe that a resumed run may change though it should not."""
-        self.recipe, self.allowed = recipe, allowed
+        self.name, self.whole, self.allowed = name, recipe, allowed
         self.heartbeat = heartbeat or Heartbeat()
         self.stop = StopRequest()
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.folder = open_run(name, recipe, resume, allowed)
         dist.barrier()  # every rank has looked before the first makes the folder
+        self.recipe = recipe = self._stage(recipe)
         self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / SWAP)
         self.corpus = open_corpus(recipe, self.config.model)
         collate = Collator(self.corpus, self.config.model, recipe.block)
@@ -80,7 +82,7 @@ class Training:
         dist.barrier()  # every rank has checked before one of them writes
         if self.rank == 0:
             tell_changes(self.folder, self.config)
-            record_settings(self.folder, recipe, self.config)
+            record_settings(self.folder, self.whole, self.config)
         self.host_bytes_before = host_bytes()
         self.engine = Engine(self.config, recipe.seed)
         dtype = next(self.engine.model.parameters()).dtype
@@ -91,6 +93,8 @@ class Training:
         self.step, manifest = self._restore(found) if found else (0, {})
         self.evaluation_due = manifest.get("evaluation_due", not found)
         self.guard = Safeguard(**manifest.get("safeguard", {}))
+        self.plateau = Plateau(manifest.get("plateau", []))
+        self.delinks = False  # whether the run has come to where its layers get their own weights
         self.meter = Meter(self.engine, list(order.counts), self.peak, manifest.get("counters"))
         self.tracker = (
             Tracker(self.folder, recipe, self._facts(order), self.step, state=manifest.get("tracker"))
@@ -106,8 +110,14 @@ class Training:
         self.engine.before_batch = self._before_batch
         self.heartbeat.begin(self.step)
 
+    def _stage(self, recipe: Recipe) -> Recipe:
+        """The recipe for now: another one since the layers have got their own weights."""
+        later = [recipe.delink.wanted and is_delinked(self.folder / CHECKPOINTS)]
+        dist.broadcast_object_list(later, src=0)
+        return recipe.delinked() if later[0] else recipe
+
     def run(self) -> int:
-        """Train to the end, or until all ranks agree to leave; returns the exit code for it."""
+        """Train to the end, to where `delinks` is set, or until all ranks agree to leave; returns the exit code."""
         with self.tracker or contextlib.nullcontext():
             try:
                 self._run()
@@ -145,18 +155,21 @@ class Training:
             if not self._advance():
                 continue
             done = self.step == recipe.steps
+            self.delinks = not done and recipe.delink.wanted and self.plateau.reached(self.step, recipe.delink)
             if self.step % recipe.evaluation.every == 0 or done:
                 self.evaluate()
             unsaved = unsaved or self.step % recipe.save_every == 0
             # Not while steps are being skipped: weights that have gone wrong must not replace good checkpoints.
-            if done or (unsaved and not self.guard.skipped_in_a_row):
+            if done or ((unsaved or self.delinks) and not self.guard.skipped_in_a_row):
                 self.save()
                 unsaved = False
+                if self.delinks:
+                    break
             self._tell_saved(self.saver.poll())
         self.heartbeat.enter("ending")
         self._finish_saving()
         counters = self.meter.counters()
-        if self.tracker:
+        if self.tracker and not self.delinks:
             self.tracker.close({"steps": self.step, **counters})
 
     def _finish_saving(self) -> None:
@@ -182,6 +195,7 @@ class Training:
             return not self._go_back(result.loss)
         else:
             self.guard.accept(result.loss, recipe.spike)
+            self.plateau.add(result.loss, recipe.delink)
         return True
 
     def _tell_skipped(self, result: StepResult, place: int) -> None:
@@ -206,6 +220,7 @@ class Training:
             return False
         self.step, manifest = self._restore(found)
         first = self.guard.place(self.step)
+        self.plateau = Plateau(manifest.get("plateau", []))
         self.guard = self.guard.back_to(manifest.get("safeguard", {}), spike - self.step)
         self.meter.go_back(manifest["counters"])
         if self.tracker:
@@ -235,9 +250,22 @@ class Training:
         if self.tracker:
             self.tracker.event(self.step, kind, text)
 
+    def delinked(self) -> Training:
+        """This run with its own weights in each layer, from where it stands; itself is closed. Collective."""
+        self.close()
+        path = self.folder / CHECKPOINTS / f"step-{self.step}"
+        with self.heartbeat.during("saving"):
+            checkpoint.delink(path, self.recipe, self.heartbeat.get_on)
+        self.stop.check()  # who was asked meanwhile would forget it
+        later = Training(self.whole, self.name, True, self.allowed, self.heartbeat)
+        later._tell("delinked", f"each of the {later.config.model.layers} layers has its own weights from now on")
+        return later
+
     def close(self) -> None:
         self.engine.close()
         self._empty_swap()
+        if self.lock:
+            self.lock.close()
 
     def _empty_swap(self) -> None:
         """On each node, whose disk may be its own."""
@@ -265,6 +293,7 @@ class Training:
             "adam_step": states.adam_step(self.engine),
             "position": self.guard.place(self.step) * self.recipe.global_batch,
             "safeguard": self.guard.state(),
+            "plateau": self.plateau.losses,
             "recipe": self.recipe.model_dump(mode="json"),
             "recipe_sha256": self.recipe.sha256(),
             "counters": self.meter.counters(),

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -116,6 +117,20 @@ class Spike(Section):
         return factor
 
 
+class Delink(Section):
+    """When layers that share their weights get their own (M6-10T's Pseudo-to-Real), and how training then goes on."""
+
+    after: int = Field(0, ge=0)  # steps; 0: not for their number
+    flat: float = Field(0.0, ge=0, lt=1)  # once the mean loss falls by less than this share; 0: not for the loss
+    window: int = Field(50, ge=1)  # steps, whose mean loss is compared with that of as many before
+    moments: Literal["clone", "reset"] = "clone"  # Adam's
+    then: dict[str, Any] = {}  # keys of the recipe that are others from then on, e.g. {global_batch: 64}
+
+    @property
+    def wanted(self) -> bool:
+        return self.after > 0 or self.flat > 0
+
+
 class Recipe(Section):
     model: dict[str, Any]  # {preset: NAME, and any ModelConfig field}
     ds_config: str = "auto"  # a path, or `auto`: by what this machine has
@@ -138,6 +153,7 @@ class Recipe(Section):
     keep_every: int = Field(0, ge=0)  # steps: of these multiples every checkpoint is kept (0: none)
     skips: int = Field(10, ge=1)  # steps in a row, skipped for a loss or gradient that is not finite, that end a run
     spike: Spike = Spike()
+    delink: Delink = Delink()
 
     @field_validator("model", mode="before")
     @classmethod
@@ -157,12 +173,28 @@ class Recipe(Section):
         config = self.model_shape()
         if self.text_positions > config.max_positions:
             raise ValueError(f"text_positions={self.text_positions} is more than max_positions={config.max_positions}")
+        if self.delink.wanted:
+            if not config.share_layers:
+                raise ValueError("delink: layers that have their own weights cannot be delinked (model.share_layers)")
+            try:
+                self.delinked()
+            except UserError as error:
+                raise ValueError(f"delink.then: {error}") from None
         return self
 
     @property
     def block(self) -> int:
         """Rows that must be on one rank, in one micro-batch."""
         return 2 * self.contrast_pairs if "contrast" in self.tasks else 1
+
+    def delinked(self) -> Recipe:
+        """That of the training after the layers have got their own weights. Raises UserError."""
+        then = dict(leaves(self.delink.then))
+        if fixed := [key for key in then if key.split(".")[0] in ("model", "data", "seed", "delink")]:
+            raise UserError(f"{fixed[0]}: delinking keeps it")
+        values = self.model_dump(mode="json") | {"delink": {}}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in then.items()]
+        return parse_recipe(values, ["model.share_layers=false", *overrides], "recipe")
 
     def sha256(self) -> str:
         """The same for equal recipes, by which runs can be told apart."""
@@ -277,6 +309,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values[last] = yaml.load(text, _Yaml)
     except _UNREADABLE:
         raise UserError(f"override {shown(override)}: the value is no YAML") from None
+
+
+def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by their keys in full, such as `optimizer.lr`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def _blame(kind: type[Section], problem: str, applied: list[dict[str, Any]], overrides: list[str], source: str) -> str:

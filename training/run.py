@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ from training import checkpoint_files
 from training.ds_config import DSConfig
 from training.errors import UserError
 from training.files import replace
-from training.recipe import Recipe, nearest, one_line, parse_recipe, read_mapping, shown
+from training.recipe import Recipe, leaves, nearest, one_line, parse_recipe, read_mapping, shown
 from training.tracking import read_lines
 
 FOLDER = Path("runs")
@@ -29,7 +29,7 @@ RANKS, INCIDENTS = ".ranks", "incidents"  # how far each rank is; what a supervi
 # with it the micro-batches and the capacity, on which dropping depends.
 SAVING = {"save_every", "save_buffer", "keep", "keep_every"}
 BAD_STEPS = {"skips", "spike"}
-CHANGEABLE = {"steps", "ds_config", "ds", "data", "evaluation", "tracking", *SAVING, *BAD_STEPS}
+CHANGEABLE = {"steps", "ds_config", "ds", "data", "evaluation", "tracking", "delink", *SAVING, *BAD_STEPS}
 
 
 def open_run(name: str, recipe: Recipe, resume: bool, allowed: Sequence[str] = (), root: Path = FOLDER) -> Path:
@@ -94,7 +94,7 @@ def chosen_checkpoints(place: Path, step: int | None = None) -> list[Path]:
 
 def check_unchanged(earlier: Recipe, recipe: Recipe, allowed: Sequence[str], started: str) -> None:
     """Refuse a recipe with which what was `started` with the earlier one would become another run. Raises UserError."""
-    was, now = _leaves(earlier), _leaves(recipe)
+    was, now = (dict(leaves(one.model_dump())) for one in (earlier, recipe))
     for key in allowed:
         if not any(_part_of(known, key) for known in {**was, **now}):
             raise UserError(f"--allow-change {key}: the recipe has no such key{nearest(key, {**was, **now})}")
@@ -104,19 +104,6 @@ def check_unchanged(earlier: Recipe, recipe: Recipe, allowed: Sequence[str], sta
         diff = "; ".join(f"{key}: was {_value(was, key)}, now {_value(now, key)}" for key in refused)
         ways = " ".join(f"--allow-change {key}" for key in refused)
         raise UserError(f"{started} has another recipe ({diff}): give it as it was, or {ways}")
-
-
-def _leaves(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's values by their keys in full, such as `optimizer.lr`."""
-
-    def walk(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{before}{key}.")
-            else:
-                yield f"{before}{key}", value
-
-    return dict(walk(recipe.model_dump(), ""))
 
 
 def _part_of(key: str, whole: str) -> bool:

@@ -58,6 +58,9 @@ def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
         training = Training(recipe, arguments.name, arguments.resume, arguments.allow_change, heartbeat)
         code = training.run()
+        while training.delinks and code == 0:
+            training = training.delinked()
+            code = training.run()
         training.close()
         dist.barrier()  # whoever ends first ends the others: a launcher sees to it
         answer(signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from launch.checkpoints import delink_run
@@ -17,11 +20,13 @@ from tests.model.samples import sample_batch
 from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
 from tests.training.made_checkpoint import make_checkpoints, make_recipe
+from tests.training.test_train import lines, said, train
 from training.checkpoint_files import problems, read_manifest
 from training.data.corpus import Corpus
+from training.delink import Plateau
 from training.errors import UserError
 from training.export import load_checkpoint
-from training.recipe import parse_recipe
+from training.recipe import Delink, parse_recipe
 from training.run import read_mapping
 from training.tensor_files import saved_slices
 
@@ -130,6 +135,69 @@ def test_a_delinked_model_is_the_shared_one(
     assert now.config == dataclasses.replace(was.config, share_layers=False)
     pointers = {layer.attention.out.weight.data_ptr() for layer in now.layers}
     assert len(pointers) == was.config.layers == 3
+
+
+def test_by_rule_within_a_run(sample_corpus: Corpus, tmp_path: Path) -> None:
+    """From step 3 on with another batch and rate; the run is one: one command, one folder, one line of losses."""
+    rule = ["delink.after=3", "delink.then.global_batch=8", "delink.then.optimizer.lr=5e-4"]
+    settings = ["model.share_layers=true", *rule, "save_every=9"]
+    done = train(sample_corpus, tmp_path, *settings, "steps=4")
+    assert done.returncode == 0, done.stderr
+    assert "step 3: delinked: each of the 2 layers has its own weights from now on" in done.stdout
+    run = tmp_path / "runs" / "run"
+    before, after = (line for line in lines(run) if line["step"] == 3 and "validation" in str(line))
+    losses = [{key: value for key, value in line.items() if "loss" in key} for line in (before, after)]
+    assert losses[0] == losses[1] and losses[0]
+    resumed = train(sample_corpus, tmp_path, *settings, "steps=6", "--resume")
+    assert resumed.returncode == 0, said(resumed.stderr)
+    assert "delinked" not in resumed.stdout and "2 steps are left" in resumed.stdout
+    manifest = read_manifest(run / "checkpoints" / "step-6")
+    assert manifest["position"] == 3 * 16 + 3 * 8
+    assert manifest["recipe"]["model"]["share_layers"] is False and manifest["recipe"]["optimizer"]["lr"] == 5e-4
+    steps = [line["step"] for line in lines(run) if "loss" in line]
+    assert steps == sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.integers(1, 9), st.floats(0.001, 0.5), st.floats(0.5, 0.999))
+def test_a_loss_that_falls_more_slowly_than_asked_is_flat(window: int, flat: float, rate: float) -> None:
+    rule, plateau = Delink(flat=flat, window=window), Plateau()
+    for step in range(1, 4 * window + 1):
+        plateau.add(rate**step, rule)
+        assert plateau.reached(step, rule) == (step >= 2 * window and rate**window > 1 - flat) or math.isclose(
+            rate**window, 1 - flat
+        )
+
+
+def test_a_number_of_steps_is_enough() -> None:
+    rule, plateau = Delink(after=3), Plateau()
+    assert [plateau.reached(step, rule) for step in range(1, 5)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["delink.after=3"], "delink: layers that have their own weights cannot be delinked"),
+        (["model.share_layers=true", "delink.flat=1.5"], r"delink\.flat=1\.5.*must be a finite number from 0 and below 1"),
+        (
+            ["model.share_layers=true", "delink.after=3", "delink.then.steps=none"],
+            r"delink.then: .*steps=.*whole number",
+        ),
+        (
+            ["model.share_layers=true", "delink.after=3", "delink.then.model.layers=9"],
+            "model.layers: delinking keeps it",
+        ),
+        (
+            ["model.share_layers=true", "delink.after=3", "delink.then.stepz=4"],
+            r"delink.then: .*stepz.*did you mean steps",
+        ),
+    ],
+)
+def test_a_rule_that_cannot_be_is_told(overrides: list[str], message: str, sample_corpus: Corpus) -> None:
+    with pytest.raises(UserError, match=message) as told:
+        parse_recipe(make_recipe(sample_corpus).model_dump(mode="json"), overrides, "recipe")
+    assert "\n" not in str(told.value)
+    print(told.value)
 
 
 @pytest.mark.parametrize(
