@@ -37,7 +37,7 @@ from training.data.rows import clean, clean_lines
 from training.data.tasks import Row
 from training.data.tasks.caption import ASK_ENGLISH, ASK_NAME, ASK_TAGS
 from training.data.tasks.contrast import Contrast
-from training.data.tasks.draw import draw_prompt
+from training.data.tasks.draw import draw_prompt, filled_up
 from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
 from training.embedding import Embeddings, standard_scores
@@ -345,8 +345,11 @@ class M6:
     def _draw_in_order(self, text: str, hand: Hand) -> list[Image.Image]:
         painter = self._painter("draw")
         cells = painter.config.grid**2
-        row = Row(self._drawn(text, self.text_positions - cells), [self.tokenizer.eos_id])
-        twin = Row(self._prompt(draw_prompt(""), fine=True), [self.tokenizer.eos_id])
+        room = self.text_positions - cells
+        row, twin = (
+            Row(filled_up(self._drawn(words, room), room, self.tokenizer), [self.tokenizer.eos_id])
+            for words in (text, "")
+        )
         settings = Decoding(
             cells, self._codes(painter), None, answers=hand.tries, temperature=hand.temperature, top_k=hand.top_k,
             guidance=hand.guidance,

@@ -178,7 +178,10 @@ def test_a_number_of_steps_is_enough() -> None:
     ("overrides", "message"),
     [
         (["delink.after=3"], "delink: layers that have their own weights cannot be delinked"),
-        (["model.share_layers=true", "delink.flat=1.5"], r"delink\.flat=1\.5.*must be a finite number from 0 and below 1"),
+        (
+            ["model.share_layers=true", "delink.flat=1.5"],
+            r"delink\.flat=1\.5.*must be a finite number from 0 and below 1",
+        ),
         (
             ["model.share_layers=true", "delink.after=3", "delink.then.steps=none"],
             r"delink.then: .*steps=.*whole number",

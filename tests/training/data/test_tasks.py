@@ -306,6 +306,7 @@ def test_drawing_is_saying_the_codes_of_a_view(tasks, drawn_corpus, split):
         words = task.tokenizer.decode(row.source)
         wordless += words == draw_prompt("")
         assert row.picture is None and words.startswith(draw_prompt(""))
+        assert len(row.source) + len(row.target) == 60  # so each code has one position
         if split == "validation":
             assert words == draw_prompt(picture_words(picture))
     assert views == ({0, 1, 2, 3} if split == "train" else {0})

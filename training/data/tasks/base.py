@@ -36,7 +36,7 @@ class Row:
     concept: int | None = None  # from 0; equal for rows that mean the same
     hidden: dict[int, int] = field(default_factory=dict)  # place in the source: the token that is masked there
     words: Sequence[int] = ()  # pieces of its picture's words, or of those that its text is found by
-    weights: Sequence[float] | np.ndarray = ()  # of a text's words, together of length 1
+    weights: Sequence[float] = ()  # of a text's words, together of length 1
 
 
 class Task(ABC):

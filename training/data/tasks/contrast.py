@@ -43,7 +43,7 @@ class Contrast(Task):
         # A picture is asked for by all of its words, whichever of them the trunk reads: so more pictures are found.
         asked, weights = rare_words(picture_words(picture), self.tokenizer, self.rarity)
         source = self.tokenizer.encode_finely(text)[: limit - 1]
-        return Row(source, [], None, concept(picture), words=asked, weights=weights)
+        return Row(source, [], None, concept(picture), words=asked, weights=weights.tolist())
 
 
 def word_rarity(corpus: Corpus) -> dict[int, float]:
