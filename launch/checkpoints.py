@@ -85,11 +85,12 @@ def export_run(
     Console().print(f"exported: {target} ({what})", markup=False, highlight=False, soft_wrap=True)
 
 
-def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None, reset: bool) -> None:
+def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None, moments: str | None) -> None:
     """Give each layer of a run that shares one its own weights, as the beginning of the run `name`. Raises UserError.
 
-    `run` and `step` as of `export_run`; `overrides` and `reset` as of `delink.plan`.
+    `run` and `step` as of `export_run`; `overrides` are of the recipe; `moments`: clone, reset, or None: by the recipe.
     """
+    from training.data.order import row_counts
     from training.delink import plan, write_run
 
     path = chosen_checkpoints(checkpoints_of(run), step)[-1].absolute()
@@ -100,7 +101,8 @@ def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None
         manifest = checkpoint_files.read_manifest(path)
         shared = parse_recipe(manifest.get("recipe", {}), [], str(path))
         recipe = parse_recipe(shared.delinked().model_dump(mode="json"), list(overrides), str(path))
-        planned = plan(path, manifest, recipe, reset)
+        row_counts(recipe.tasks, recipe.global_batch, recipe.block)  # told here, not when it is to go on
+        planned = plan(path, manifest, recipe, (moments or shared.delink.moments) == "reset")
         with _bars() as bars:
             verified = _verified(path, bars)
             if verified and verified.problems:

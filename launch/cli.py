@@ -153,11 +153,9 @@ def export(run: str, step: int | None, target: Path | None, dtype: str, shard_si
 @click.option(
     "--moments",
     type=click.Choice(["clone", "reset"]),
-    default="clone",
-    show_default=True,
-    help="Adam's: those of the shared layer for every layer, or all begin anew.",
+    help="Adam's: those of the shared layer for every layer, or all begin anew; by the recipe's `delink` if not given.",
 )
-def delink(run: str, overrides: tuple[str, ...], name: str, step: int | None, moments: str) -> None:
+def delink(run: str, overrides: tuple[str, ...], name: str, step: int | None, moments: str | None) -> None:
     """Give each layer of a run that shared one (model.share_layers) its own weights, in a new run to go on with.
 
     RUN: as for `m6 verify`. KEY=VALUE overrides any key of the recipe but the model's, such as global_batch=64.
@@ -165,7 +163,7 @@ def delink(run: str, overrides: tuple[str, ...], name: str, step: int | None, mo
     _without_gpu()
     from launch.checkpoints import delink_run
 
-    delink_run(run, overrides, name, step, moments == "reset")
+    delink_run(run, overrides, name, step, moments)
 
 
 def _without_gpu() -> None:

@@ -108,6 +108,8 @@ def check(run: TrainingRun, ranks: int, gpus: int) -> Plan:
     data = run.data or Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
+    if recipe.delink.wanted:
+        resolve(recipe.delinked(), ranks, gpus, folder / SWAP)
     config_path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)
     return Plan(recipe, folder, data, resolve(recipe, ranks, gpus, folder / SWAP), config_path)
 

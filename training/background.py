@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from model.config import ModelConfig
 from training.data.batches import Collator
@@ -20,6 +20,7 @@ from training.data.corpus import Corpus
 from training.data.tasks import View
 from training.data.tasks.contrast import word_rarity
 from training.errors import UserError
+from training.files import replace
 
 PICTURES = 400  # enough to tell how near a text is to a usual picture (docs/LOG.md, 38)
 
@@ -42,8 +43,10 @@ class Background:
         """Raises UserError."""
         try:
             arrays = load_file(path)
-            rarity = dict(zip(arrays["pieces"].tolist(), arrays["rarity"].tolist(), strict=True))
-            return cls(rarity, arrays["patches"])
+            pieces, rarity, patches = (arrays[name] for name in ("pieces", "rarity", "patches"))
+            if (pieces.ndim, rarity.ndim, patches.ndim) != (1, 1, 3) or not (rarity > 0).all() or not len(patches):
+                raise ValueError
+            return cls(dict(zip(pieces.tolist(), rarity.tolist(), strict=True)), patches)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             why = f"cannot be read ({type(error).__name__})"
             raise UserError(f"{path}: {why}; export anew a run that was trained with task `contrast`") from None
@@ -51,7 +54,7 @@ class Background:
     def save(self, path: Path) -> None:
         """Raises OSError."""
         pieces, rarity = np.array(list(self.rarity), np.int64), np.array(list(self.rarity.values()))
-        save_file({"pieces": pieces, "rarity": rarity, "patches": self.patches_NPC}, path)
+        replace(path, save({"pieces": pieces, "rarity": rarity, "patches": self.patches_NPC}))
 
     @property
     def digest(self) -> str:

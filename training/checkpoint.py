@@ -220,16 +220,24 @@ def delink(path: Path, recipe: Recipe, get_on: Callable[[], object]) -> None:
     """Put a checkpoint of layers with their own weights in the place of one that shares them, all ranks a share of it.
 
     `recipe`: that of the training so far. `get_on` is called after each piece that is written. Collective. Raises
-    UserError.
+    RestartableError.
     """
+    try:
+        _delink(path, recipe, get_on)
+    except UserError as problem:
+        raise RestartableError(f"{path}: not delinked ({problem}); it is whole: mend that, then --resume") from None
+
+
+def _delink(path: Path, recipe: Recipe, get_on: Callable[[], object]) -> None:
     planned = delinking.plan(path, read_manifest(path), recipe.delinked(), recipe.delink.moments == "reset")
     on_first_rank(lambda: delinking.begin(planned, path.parent))
     partial = delinking.partial_of(planned, path.parent)
-    own, error = {}, ""
+    own: dict[str, dict[str, Any]] = {}
+    error = ""
     try:
         names = sorted(planned.files)[dist.get_rank() :: dist.get_world_size()]
         own = delinking.write_files(planned, partial, names, lambda _: get_on())
-    except OSError as problem:
+    except (OSError, UserError) as problem:
         error = one_line(str(problem))
     gathered = _gather((error, own))
     _raise_first([error for error, _ in gathered])

@@ -52,12 +52,30 @@ def make_room(partial: Path) -> None:
 
 
 def commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Seal the files in `partial`, which are on the disk, as the checkpoint `final`."""
+    """Seal the files in `partial`, which are on the disk, as the checkpoint `final`, in place of one that is there."""
     text = json.dumps(manifest, ensure_ascii=False, indent=1)
     replace(partial / SEAL, xxhash.xxh3_128_hexdigest(text.encode()), durable=True)
     replace(partial / MANIFEST, text, durable=True)
+    if final.exists():
+        final.rename(aside(final))
     partial.rename(final)
     flush(final.parent)
+
+
+def aside(path: Path) -> Path:
+    """Where the checkpoint `path` is hidden."""
+    return path.with_name(f".{path.name}.aside")
+
+
+def take_back(folder: Path) -> None:
+    """Bring back the latest checkpoint, if it was hidden and what was to take its place never got its name."""
+    try:
+        path = folder / (folder / LATEST).read_text(encoding="utf-8").split()[0]
+    except (OSError, ValueError, IndexError):
+        return
+    if NAME.fullmatch(path.name) and not path.exists() and aside(path).exists():
+        aside(path).rename(path)
+        flush(folder)
 
 
 def point_at(path: Path) -> None:
@@ -117,9 +135,8 @@ def set_aside_after(folder: Path, step: int) -> None:
         point_at(folder / f"step-{step}")
     for later in given_up:
         path = folder / f"step-{later}"
-        aside = path.with_name(f".{path.name}.aside")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        shutil.rmtree(aside(path), ignore_errors=True)
+        path.rename(aside(path))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ slices are copied once for every layer, a piece at a time, so that no part of th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,10 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+from rich.filesize import decimal
 
 from model.config import ModelConfig
-from training.checkpoint_files import commit, make_room, point_at, read_manifest, steps
+from training.checkpoint_files import commit, make_room, point_at
 from training.errors import UserError
 from training.files import replace
 from training.recipe import Delink, Recipe, parse_recipe
@@ -62,13 +62,9 @@ class Plateau:
         return last > (1 - rule.flat) * before
 
 
-def is_delinked(checkpoints: Path) -> bool:
-    """Whether the newest checkpoint in a run's folder was made after its layers got their own weights."""
-    for step in reversed(steps(checkpoints)):
-        with contextlib.suppress(UserError):
-            path = checkpoints / f"step-{step}"
-            return not parse_recipe(read_manifest(path)["recipe"], [], str(path)).model_shape().share_layers
-    return False
+def is_delinked(manifest: dict[str, Any]) -> bool:
+    """Whether a checkpoint's layers have their own weights. Raises UserError."""
+    return not parse_recipe(manifest.get("recipe", {}), [], "the manifest").model_shape().share_layers
 
 
 def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, reset: bool) -> Delinking:
@@ -93,7 +89,7 @@ def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, reset: bool) -> D
     settled = {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_sha256": recipe.sha256(),
-        "adam_step": 0 if reset else manifest["adam_step"],
+        "adam_step": 0 if reset else manifest.get("adam_step"),
         "position": position,
         "safeguard": manifest.get("safeguard", {}) | {"passed_over": _passed(position, manifest["step"], recipe)},
         "evaluation_due": True,  # which shows that nothing has changed yet
@@ -111,7 +107,7 @@ def begin(plan: Delinking, checkpoints: Path) -> None:
     make_room(partial_of(plan, checkpoints))
     free = shutil.disk_usage(checkpoints).free
     if free < plan.bytes:
-        needed = f"delinked weights take {plan.bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there"
+        needed = f"delinked weights take {decimal(plan.bytes)}, and {decimal(free)} are free there"
         raise UserError(f"{checkpoints}: {needed}")
 
 
@@ -125,8 +121,6 @@ def write_files(
 def finish(plan: Delinking, partial: Path, files: dict[str, dict[str, Any]]) -> Path:
     """Seal the checkpoint, in place of that of the shared layers if it has the same name. Raises OSError."""
     final = partial.with_name(f"step-{plan.manifest['step']}")
-    if final.exists():
-        final.rename(final.with_name(f".{final.name}.aside"))
     commit(partial, final, plan.manifest | {"files": files})
     point_at(final)
     return final
@@ -173,7 +167,10 @@ def _check_shape(was: ModelConfig, now: ModelConfig) -> None:
 
 
 def _passed(position: int, step: int, recipe: Recipe) -> int:
-    """Steps' worth of positions that the order is ahead of the steps, if nothing is to be seen twice."""
+    """Steps' worth of positions that the order is ahead of the steps, so that as many are behind as were trained on.
+
+    Each task draws by the step and its own share of it, so where shares round otherwise some rows come again.
+    """
     return -(-position // recipe.global_batch) - step
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from training import checkpoint, checkpoint_files, ds_config, states
 from training.data.batches import Collator, StepBatches
+from training.data.corpus import Corpus
 from training.data.order import GlobalOrder
 from training.data.tasks import TASKS
 from training.delink import Plateau, is_delinked
@@ -42,6 +43,13 @@ from training.stopping import StopRequest, StopRequested
 from training.tracking import Tracker
 
 
+class Before(NamedTuple):
+    """What goes on when a run begins again with delinked layers."""
+
+    stop: StopRequest
+    lock: IO[str] | None
+
+
 class Training:
     """A run in progress on this rank. Construction checks everything before the first step. Collective."""
 
@@ -52,29 +60,35 @@ class Training:
         resume: bool,
         allowed: Sequence[str] = (),
         heartbeat: Heartbeat | None = None,
+        before: Before | None = None,
     ):
-        """`allowed`: keys of the recipe that a resumed run may change though it should not."""
+        """`allowed`: keys of the recipe that a resumed run may change though it should not.
+
+        `before`: what is taken over from the same run in the same processes, before its layers were delinked.
+        """
         self.name, self.whole, self.allowed = name, recipe, allowed
         self.heartbeat = heartbeat or Heartbeat()
-        self.stop = StopRequest()
+        self.stop = before.stop if before else StopRequest()
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.folder = open_run(name, recipe, resume, allowed)
         dist.barrier()  # every rank has looked before the first makes the folder
-        self.recipe = recipe = self._stage(recipe)
+        self.lock = before.lock if before else None
+        if resume and not before:
+            self._hold()  # what is there may be mended
+        found = self._found() if resume else None
+        self.recipe = recipe = recipe.delinked() if self._is_delinked(found) else recipe
         self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / SWAP)
+        if recipe.delink.wanted:
+            self._check_later(recipe.delinked(), world)
         self.corpus = open_corpus(recipe, self.config.model)
         collate = Collator(self.corpus, self.config.model, recipe.block)
-        order = GlobalOrder(
-            [TASKS[task](self.corpus, "train") for task in recipe.tasks],
-            recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block,
-        )  # fmt: skip
+        order = _order(self.corpus, recipe)
         self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
         self.validation = Validation(self.corpus, recipe, collate)
-        self.lock = checkpoint.on_first_rank(lambda: lock_run(self.folder))
-        self.heartbeat.open(self.folder / RANKS, self.rank)
+        if not resume:
+            self._hold()
         self._empty_swap()  # of what a killed run left
         checkpoint.on_first_rank(self.corpus.verify)
-        found = checkpoint.newest(self.folder / CHECKPOINTS, self.heartbeat.get_on) if resume else None
         if found:
             self._check(found)
         elif resume:
@@ -106,15 +120,29 @@ class Training:
             left = max(recipe.steps - self.step, 0)
             rest = f"{left:,} steps are left" if left else "nothing is left to do, unless steps is raised"
             self._tell("resumed", f"{rest}, from {found.path}")
+        if before:
+            self._tell("delinked", f"each of {self.config.model.layers} layers has its own weights from now on")
         self.stop.begin()
         self.engine.before_batch = self._before_batch
         self.heartbeat.begin(self.step)
 
-    def _stage(self, recipe: Recipe) -> Recipe:
-        """The recipe for now: another one since the layers have got their own weights."""
-        later = [recipe.delink.wanted and is_delinked(self.folder / CHECKPOINTS)]
-        dist.broadcast_object_list(later, src=0)
-        return recipe.delinked() if later[0] else recipe
+    def _hold(self) -> None:
+        """Make the folder this run's own, and tell there how far it is."""
+        self.lock = checkpoint.on_first_rank(lambda: lock_run(self.folder))
+        self.heartbeat.open(self.folder / RANKS, self.rank)
+
+    def _found(self) -> checkpoint.Found | None:
+        """The newest whole checkpoint."""
+        checkpoint.on_first_rank(lambda: checkpoint_files.take_back(self.folder / CHECKPOINTS))
+        return checkpoint.newest(self.folder / CHECKPOINTS, self.heartbeat.get_on)
+
+    def _is_delinked(self, found: checkpoint.Found | None) -> bool:
+        return bool(found and self.whole.delink.wanted and is_delinked(found.manifest))
+
+    def _check_later(self, later: Recipe, world: int) -> None:
+        """Refuse now what could not go on after delinking. Raises UserError."""
+        config = ds_config.resolve(later, world, torch.cuda.device_count(), self.folder / SWAP)
+        _order(open_corpus(later, config.model), later)
 
     def run(self) -> int:
         """Train to the end, to where `delinks` is set, or until all ranks agree to leave; returns the exit code."""
@@ -151,26 +179,29 @@ class Training:
         if self.evaluation_due:
             self.evaluate()  # where learning starts from, or what an earlier run could not end
         unsaved = False
-        while self.step < recipe.steps:
+        self.delinks = self._delink_due()  # or one that was stopped just then would train on
+        while self.step < recipe.steps and not self.delinks:
             if not self._advance():
                 continue
             done = self.step == recipe.steps
-            self.delinks = not done and recipe.delink.wanted and self.plateau.reached(self.step, recipe.delink)
+            due = self._delink_due()
             if self.step % recipe.evaluation.every == 0 or done:
                 self.evaluate()
             unsaved = unsaved or self.step % recipe.save_every == 0
             # Not while steps are being skipped: weights that have gone wrong must not replace good checkpoints.
-            if done or ((unsaved or self.delinks) and not self.guard.skipped_in_a_row):
+            if done or ((unsaved or due) and not self.guard.skipped_in_a_row):
                 self.save()
-                unsaved = False
-                if self.delinks:
-                    break
+                unsaved, self.delinks = False, due
             self._tell_saved(self.saver.poll())
         self.heartbeat.enter("ending")
         self._finish_saving()
         counters = self.meter.counters()
         if self.tracker and not self.delinks:
             self.tracker.close({"steps": self.step, **counters})
+
+    def _delink_due(self) -> bool:
+        recipe = self.recipe
+        return 0 < self.step < recipe.steps and self.plateau.reached(self.step, recipe.delink)
 
     def _finish_saving(self) -> None:
         self._tell_saved(last := self.saver.wait())
@@ -250,22 +281,21 @@ class Training:
         if self.tracker:
             self.tracker.event(self.step, kind, text)
 
-    def delinked(self) -> Training:
-        """This run with its own weights in each layer, from where it stands; itself is closed. Collective."""
-        self.close()
-        path = self.folder / CHECKPOINTS / f"step-{self.step}"
+    def delink(self) -> Before:
+        """Give each layer its own weights, in the last checkpoint; the run is over here, and to begin again from that.
+
+        Collective. Raises UserError, where the file system refuses it RestartableError.
+        """
         with self.heartbeat.during("saving"):
+            self.engine.close()
+            self._empty_swap()
+            path = self.folder / CHECKPOINTS / f"step-{self.step}"
             checkpoint.delink(path, self.recipe, self.heartbeat.get_on)
-        self.stop.check()  # who was asked meanwhile would forget it
-        later = Training(self.whole, self.name, True, self.allowed, self.heartbeat)
-        later._tell("delinked", f"each of the {later.config.model.layers} layers has its own weights from now on")
-        return later
+        return Before(self.stop, self.lock)
 
     def close(self) -> None:
         self.engine.close()
         self._empty_swap()
-        if self.lock:
-            self.lock.close()
 
     def _empty_swap(self) -> None:
         """On each node, whose disk may be its own."""
@@ -354,3 +384,9 @@ class Training:
             "host_bytes/before_model": self.host_bytes_before,
             **{f"rows_a_step/{task}": count for task, count in order.counts.items()},
         }
+
+
+def _order(corpus: Corpus, recipe: Recipe) -> GlobalOrder:
+    """Of the training split."""
+    tasks = [TASKS[task](corpus, "train") for task in recipe.tasks]
+    return GlobalOrder(tasks, recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block)

@@ -176,10 +176,14 @@ class Recipe(Section):
         if self.delink.wanted:
             if not config.share_layers:
                 raise ValueError("delink: layers that have their own weights cannot be delinked (model.share_layers)")
+            if self.delink.after >= self.steps:
+                raise ValueError(f"delink.after={self.delink.after}: the run has ended by then (steps={self.steps})")
             try:
                 self.delinked()
             except UserError as error:
-                raise ValueError(f"delink.then: {error}") from None
+                raise ValueError(str(error)) from None
+        elif self.delink.then:
+            raise ValueError("delink.then: it is not said when; set delink.after or delink.flat")
         return self
 
     @property
@@ -191,10 +195,12 @@ class Recipe(Section):
         """That of the training after the layers have got their own weights. Raises UserError."""
         then = dict(leaves(self.delink.then))
         if fixed := [key for key in then if key.split(".")[0] in ("model", "data", "seed", "delink")]:
-            raise UserError(f"{fixed[0]}: delinking keeps it")
+            raise UserError(f"delink.then.{fixed[0]}: delinking keeps it")
         values = self.model_dump(mode="json") | {"delink": {}}
-        overrides = [f"{key}={json.dumps(value)}" for key, value in then.items()]
-        return parse_recipe(values, ["model.share_layers=false", *overrides], "recipe")
+        for key, value in then.items():
+            _put(values, key, value, f"delink.then.{key}")
+        values["model"]["share_layers"] = False
+        return parse_recipe(values, [], "delink.then")
 
     def sha256(self) -> str:
         """The same for equal recipes, by which runs can be told apart."""
@@ -294,21 +300,27 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all((*parents, last)):
+    if not equals or not all(key.split(".")):
         raise UserError(f"override {shown(override)}: must read key=value")
+    try:
+        value = yaml.load(text, _Yaml)
+    except _UNREADABLE:
+        raise UserError(f"override {shown(override)}: the value is no YAML") from None
+    _put(values, key, value, f"override {shown(override)}")
+
+
+def _put(values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set what a key in full, such as `optimizer.lr`, names. Raises UserError, after `source`."""
+    *parents, last = key.split(".")
     for parent in parents:
         child = values.get(parent, {})
         if parent == "model" and isinstance(child, str):
             child = {"preset": child}
         if not isinstance(child, dict):
-            raise UserError(f"override {shown(override)}: {parent} has no parts")
+            raise UserError(f"{source}: {parent} has no parts")
         values[parent] = child
         values = child
-    try:
-        values[last] = yaml.load(text, _Yaml)
-    except _UNREADABLE:
-        raise UserError(f"override {shown(override)}: the value is no YAML") from None
+    values[last] = value
 
 
 def leaves(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

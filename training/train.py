@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import os
 import signal
 import sys
@@ -59,7 +60,9 @@ def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:
         training = Training(recipe, arguments.name, arguments.resume, arguments.allow_change, heartbeat)
         code = training.run()
         while training.delinks and code == 0:
-            training = training.delinked()
+            before, training = training.delink(), None
+            gc.collect()  # what the shared layer's engine held
+            training = Training(recipe, arguments.name, True, arguments.allow_change, heartbeat, before)
             code = training.run()
         training.close()
         dist.barrier()  # whoever ends first ends the others: a launcher sees to it

@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tests.training import engine_ranks as ranks
 from tests.training.made_checkpoint import make_checkpoints, make_recipe
 from tests.training.test_train import lines, said, train
-from training.checkpoint_files import problems, read_manifest
+from training.checkpoint_files import problems, read_manifest, take_back
 from training.data.corpus import Corpus
 from training.delink import Plateau
 from training.errors import UserError
@@ -76,8 +76,8 @@ def shared(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> t
     results = run_ranks(2, train_shared, sample_corpus.folder.parent, folder, ranks.settings(ranks.NONE, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, reset in (("clone", False), ("reset", True)):
-            delink_run("shared", ("global_batch=8",), name, None, reset)
+        for name in ("clone", "reset"):
+            delink_run("shared", ("global_batch=8",), name, None, name)
     return folder, results
 
 
@@ -124,7 +124,7 @@ def test_a_delinked_model_is_the_shared_one(
     recipe = make_recipe(sample_corpus, share_layers=True, bag_width=8)
     make_checkpoints(tmp_path / "run" / "checkpoints", recipe, sample_corpus, 3, 5)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
-    delink_run("run", (), "own", 3, False)
+    delink_run("run", (), "own", 3, None)
     assert (tmp_path / "runs" / "own" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     (was, *_), (now, *_) = (
         load_checkpoint(tmp_path / "run/checkpoints/step-3"),
@@ -137,25 +137,57 @@ def test_a_delinked_model_is_the_shared_one(
     assert len(pointers) == was.config.layers == 3
 
 
+RULE = ["model.share_layers=true", "delink.after=3", "delink.then.global_batch=8", "delink.then.optimizer.lr=5e-4"]
+
+
 def test_by_rule_within_a_run(sample_corpus: Corpus, tmp_path: Path) -> None:
     """From step 3 on with another batch and rate; the run is one: one command, one folder, one line of losses."""
-    rule = ["delink.after=3", "delink.then.global_batch=8", "delink.then.optimizer.lr=5e-4"]
-    settings = ["model.share_layers=true", *rule, "save_every=9"]
-    done = train(sample_corpus, tmp_path, *settings, "steps=4")
-    assert done.returncode == 0, done.stderr
-    assert "step 3: delinked: each of the 2 layers has its own weights from now on" in done.stdout
+    done = train(sample_corpus, tmp_path, *RULE, "save_every=9", "steps=5")
+    assert done.returncode == 0, said(done.stderr)
+    assert "step 3: delinked: each of 2 layers has its own weights from now on" in done.stdout
     run = tmp_path / "runs" / "run"
     before, after = (line for line in lines(run) if line["step"] == 3 and "validation" in str(line))
     losses = [{key: value for key, value in line.items() if "loss" in key} for line in (before, after)]
     assert losses[0] == losses[1] and losses[0]
-    resumed = train(sample_corpus, tmp_path, *settings, "steps=6", "--resume")
-    assert resumed.returncode == 0, said(resumed.stderr)
-    assert "delinked" not in resumed.stdout and "2 steps are left" in resumed.stdout
-    manifest = read_manifest(run / "checkpoints" / "step-6")
-    assert manifest["position"] == 3 * 16 + 3 * 8
+    manifest = read_manifest(run / "checkpoints" / "step-5")
+    assert manifest["position"] == 3 * 16 + 2 * 8
     assert manifest["recipe"]["model"]["share_layers"] is False and manifest["recipe"]["optimizer"]["lr"] == 5e-4
     steps = [line["step"] for line in lines(run) if "loss" in line]
-    assert steps == sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+    assert steps == sorted(set(steps)) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_was_stopped_goes_on_in_its_stage(sample_corpus: Corpus, tmp_path: Path) -> None:
+    """Before delinking it delinks at once; after it, it goes on; from a shared one it delinks again."""
+    alone = ["--ranks", "1", "save_every=2", "keep=9", "evaluation.every=9"]
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    assert train(sample_corpus, tmp_path, *alone, RULE[0], "steps=3").returncode == 0
+    told = []
+    for steps in (4, 5, 6):
+        if steps == 6:
+            for damaged in (3, 4, 5):
+                file = checkpoints / f"step-{damaged}" / "rank-00000.safetensors"
+                file.write_bytes(file.read_bytes()[:-1])
+        done = train(sample_corpus, tmp_path, *alone, *RULE, f"steps={steps}", "--resume")
+        assert done.returncode == 0, said(done.stderr)
+        told.append([line.split()[1].strip(":") for line in done.stdout.splitlines() if "delinked:" in line])
+    assert told == [["3"], [], ["3"]]
+    assert [read_manifest(checkpoints / f"step-{step}")["position"] for step in (2, 3, 4, 6)] == [32, 48, 56, 72]
+
+
+def test_what_could_not_go_on_is_refused_before_it_begins(sample_corpus: Corpus, tmp_path: Path) -> None:
+    done = train(sample_corpus, tmp_path, *RULE, "delink.then.global_batch=7", "--dry-run")
+    assert done.returncode == 2 and "7" in done.stderr and len(said(done.stderr)) == 1
+
+
+def test_a_checkpoint_that_was_to_be_replaced_comes_back(tmp_path: Path) -> None:
+    """Killed when the old one was hidden and the new one had no name yet."""
+    (tmp_path / ".step-3.aside").mkdir()
+    (tmp_path / "latest").write_text("step-3 0123")
+    take_back(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-3"]
+    (tmp_path / ".step-3.aside").mkdir()
+    take_back(tmp_path)  # it is there
+    assert (tmp_path / ".step-3.aside").exists()
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -218,7 +250,7 @@ def test_another_model_is_refused(
     monkeypatch.chdir(tmp_path)
     make_checkpoints(tmp_path / "run" / "checkpoints", make_recipe(sample_corpus, share_layers=True), sample_corpus, 2)
     with pytest.raises(UserError, match=message):
-        delink_run("run", overrides, "own", None, False)
+        delink_run("run", overrides, "own", None, None)
     assert not (tmp_path / "runs").exists()
 
 
@@ -227,14 +259,14 @@ def test_what_cannot_be_delinked_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_checkpoints(tmp_path / "run" / "checkpoints", make_recipe(sample_corpus, share_layers=True), sample_corpus, 2)
-    delink_run("run", (), "own", None, False)
+    delink_run("run", (), "own", None, None)
     with pytest.raises(UserError, match="step-2: its 3 layers have their own weights already"):
-        delink_run("own", (), "again", None, False)
+        delink_run("own", (), "again", None, None)
     with pytest.raises(UserError, match="runs/own exists: choose another --name"):
-        delink_run("run", (), "own", None, False)
+        delink_run("run", (), "own", None, None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(UserError, match=r"it takes 0\.\d GB, and 0\.0 GB are free"):
-        delink_run("run", (), "third", None, False)
+    with pytest.raises(UserError, match=r"delinked weights take .* MB, and 0 bytes are free"):
+        delink_run("run", (), "third", None, None)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "run" / "checkpoints" / "step-2" / "rank-00000.safetensors"
@@ -242,7 +274,7 @@ def test_what_cannot_be_delinked_is_told(
     data[-5] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"damaged .*m6 verify"):
-        delink_run("run", (), "third", None, False)
+        delink_run("run", (), "third", None, None)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["own"]
 
 
@@ -255,12 +287,12 @@ def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
-delink_run(sys.argv[2], (), "small", None, False)  # what libraries take once
+delink_run(sys.argv[2], (), "small", None, None)  # what libraries take once
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-delink_run(sys.argv[1], (), "own", None, False)
+delink_run(sys.argv[1], (), "own", None, None)
 print(json.dumps(status("VmHWM") - before))
 """
 
