@@ -57,6 +57,7 @@ def commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     replace(partial / SEAL, xxhash.xxh3_128_hexdigest(text.encode()), durable=True)
     replace(partial / MANIFEST, text, durable=True)
     if final.exists():
+        shutil.rmtree(aside(final), ignore_errors=True)
         final.rename(aside(final))
     partial.rename(final)
     flush(final.parent)

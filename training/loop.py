@@ -66,7 +66,7 @@ class Training:
 
         `before`: what is taken over from the same run in the same processes, before its layers were delinked.
         """
-        self.name, self.whole, self.allowed = name, recipe, allowed
+        self.whole, self.allowed = recipe, allowed
         self.heartbeat = heartbeat or Heartbeat()
         self.stop = before.stop if before else StopRequest()
         self.rank, world = dist.get_rank(), dist.get_world_size()
@@ -284,7 +284,7 @@ class Training:
     def delink(self) -> Before:
         """Give each layer its own weights, in the last checkpoint; the run is over here, and to begin again from that.
 
-        Collective. Raises UserError, where the file system refuses it RestartableError.
+        Collective. Raises RestartableError.
         """
         with self.heartbeat.during("saving"):
             self.engine.close()
