@@ -163,9 +163,17 @@ def layout_facts(config: DSConfig, ranks: int) -> dict[str, str]:
         "ranks": f"{ranks}, in groups of {config.expert_parallel} that share one set of experts",
         "rows a step": f"{ranks} ranks x {config.micro_batch} x {config.accumulation} micro-batches",
         "precision": config.precision,
-        "parameters on": config.parameter_tier.replace("none", "the device"),
-        "optimizer on": config.optimizer_tier.replace("none", "the device"),
+        "parameters on": str(config.placement.parameters),
+        "optimizer on": str(config.placement.optimizer),
+        "resident": resident(config),
     }
+
+
+def resident(config: DSConfig) -> str:
+    """Bytes of a rank's states by tier."""
+    tiers = config.placement.bytes(config.elements, config.sizes)
+    held = {tier: sum(kinds.values()) for tier, kinds in tiers.items()}
+    return ", ".join(f"{size / 1e9:,.3g} GB {tier}" for tier, size in held.items() if size) + " a rank"
 
 
 def count_gpus() -> int:

@@ -20,22 +20,25 @@ from pathlib import Path
 from typing import Any, get_args
 
 from model.config import Capacity, ModelConfig
+from training import placement
 from training.errors import UserError
 from training.machine import has_libaio, multiplies_bf16
+from training.placement import DEVICE, NVME, OPTIMIZER, PARAMETERS, Elements, Placement, Sizes
 from training.recipe import Recipe, one_line, read_mapping, shown
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 TIERS = ("none", "cpu", "nvme")
+BLOCKS = {PARAMETERS: "offload_param", OPTIMIZER: "offload_optimizer"}  # DeepSpeed's, by kind of state
 
 BYTES_OF_A_MASTER = 4
 MOST_ROWS = 32  # of a micro-batch by default: more are no faster on CPU, and take more memory
 LEAST_SWAPPED = 2**20  # bytes of a tensor, or aio.block_size if that is more: DeepSpeed keeps smaller ones in memory
-NVME_OPTIMIZER_BYTES = 16  # a parameter's fp32 master, two Adam moments and gradient
 
 # What a setting may hold, in the words of the message that refuses anything else.
 FLAG, COUNT, SIZE = "true or false", "a whole number from 0 to 1e12", "a whole number from 1 to 1e12"
 BUFFERS, DEPTH = "a whole number from 4 to 4096", "a whole number from 1 to 4096"
 BYTES = "a whole number from 1 to 2^30"
+LAYERS = f"layers such as 0-5,8 or {placement.OUTSIDE}"
 NUMBER, TEXT, BLOCK = "a number from 0", "text", "a block of settings"
 DTYPE, TIER, CAPACITY = "fp32 or bf16", ", ".join(TIERS), ", ".join(get_args(Capacity))
 AUTO = " or auto"
@@ -53,6 +56,7 @@ FITS: dict[str, Callable[[Any], bool]] = {
     DTYPE: lambda value: value in ("fp32", "bf16"),
     TIER: lambda value: value in TIERS,
     CAPACITY: lambda value: value in get_args(Capacity),
+    LAYERS: lambda value: isinstance(value, str | int) and not isinstance(value, bool),
 }
 
 # Every setting that is known to work under ZeRO-3; blocks that are not listed are left to DeepSpeed.
@@ -85,7 +89,9 @@ SETTINGS: dict[str, dict[str, str]] = {
         "block_size": BYTES, "queue_depth": DEPTH, "intra_op_parallelism": DEPTH, "single_submit": FLAG,
         "overlap_events": FLAG,
     },
-    "m6.": {"capacity": CAPACITY, "capacity_factor": NUMBER, "recompute": FLAG},
+    "m6.": {"capacity": CAPACITY, "capacity_factor": NUMBER, "recompute": FLAG, "offload": BLOCK},
+    "m6.offload.": {"device_bytes": NUMBER, **dict.fromkeys(placement.KINDS, BLOCK)},
+    **{f"m6.offload.{kind}.": {"device": LAYERS + AUTO, "cpu": LAYERS, "nvme": LAYERS} for kind in placement.KINDS},
 }  # fmt: skip
 
 _REMOVED = "DeepSpeed 0.19.8 has removed it: take it out"
@@ -153,14 +159,15 @@ class DSConfig:
     recompute: bool
     micro_batch: int
     accumulation: int
-    parameter_tier: str
-    optimizer_tier: str
+    placement: Placement
+    elements: Elements  # of a rank
+    sizes: Sizes
 
     @property
     def swap_folders(self) -> set[Path]:
         """Where NVMe offload keeps what is this run's alone, and worthless after it."""
         zero = self.values["zero_optimization"]
-        blocks = [zero.get(name, {}) for name in ("offload_param", "offload_optimizer")]
+        blocks = [zero.get(name, {}) for name in BLOCKS.values()]
         return {Path(block["nvme_path"]) for block in blocks if block.get("device") == "nvme"}
 
     @property
@@ -198,10 +205,14 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         raise UserError("model.image_patches=0: DeepSpeed cannot shard a weight without elements: use at least 1")
     parallel = _expert_parallel(values, model, world)
     micro, accumulation = _batch(values, recipe, world)
-    tiers = {name: zero.get(name, {}).get("device", "none") for name in ("offload_param", "offload_optimizer")}
     bf16 = _bf16(values.get("bf16", {}), gpus)
+    summed = values.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    sizes = Sizes(weight=2 if bf16["enabled"] else 4, gradient=4 if summed == "fp32" else 6)
+    elements = Elements.of(model, parallel, world)
+    placed = _placement(zero, block.get("offload", {}), model, elements, sizes, gpus)
+    tiers = {name: zero.get(name, {}).get("device", "none") for name in BLOCKS.values()}
     _check_tools(tiers, gpus)
-    _resolve_nvme(zero, tiers, model, parallel, world, swap, parameter_bytes=2 if bf16["enabled"] else 4)
+    _resolve_nvme(zero, placed.bytes(elements, sizes)[NVME], model, parallel, world, swap)
     if tiers["offload_optimizer"] != "none":
         # Swap buffers are as large as the largest sub-group, which else would be a rank's whole share. A sub-group ends
         # as soon as it is large enough to be swapped at all: with one weight, or several small ones. In CPU memory too,
@@ -227,9 +238,27 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         block.get("recompute", False),
         micro,
         accumulation,
-        tiers["offload_param"],
-        tiers["offload_optimizer"],
+        placed,
+        elements,
+        sizes,
     )
+
+
+def _placement(
+    zero: dict[str, Any], block: Mapping[str, Any], model: ModelConfig, elements: Elements, sizes: Sizes, gpus: int
+) -> Placement:
+    """Which layer's states live where. DeepSpeed's own blocks get the coldest tier (`training/granular.py`)."""
+    rest = {kind: zero.get(name, {}).get("device", "none").replace("none", DEVICE) for kind, name in BLOCKS.items()}
+    placed = placement.resolve(block, rest, model, elements, sizes)
+    for kind, name in BLOCKS.items():
+        tiers = placed.of(kind)
+        if tiers.coldest != DEVICE:
+            zero.setdefault(name, {"pin_memory": gpus > 0})["device"] = tiers.coldest
+        if len(set(tiers)) > 1 and "max_in_cpu" in zero[name]:
+            raise UserError(f"zero_optimization.{name}.max_in_cpu: m6.offload.{kind} says what is where: take one out")
+        if tiers.coldest == DEVICE:
+            zero.pop(name, None)
+    return placed
 
 
 def _checked(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -362,33 +391,27 @@ def _optimizer(recipe: Recipe, tier: str) -> dict[str, Any]:
 
 
 def _resolve_nvme(
-    zero: dict[str, Any],
-    tiers: Mapping[str, str],
-    model: ModelConfig,
-    parallel: int,
-    world: int,
-    swap: Path,
-    parameter_bytes: int,
+    zero: dict[str, Any], needed: Mapping[str, int], model: ModelConfig, parallel: int, world: int, swap: Path
 ) -> None:
-    """Fill in `auto` paths and buffers, and refuse what cannot hold the job."""
-    needed = 0
-    held = model.parameter_counts().total / world * _ranks_here(world)
-    for name, size in (("offload_param", parameter_bytes), ("offload_optimizer", NVME_OPTIMIZER_BYTES)):
-        if tiers[name] != "nvme":
+    """Fill in `auto` paths and buffers, and refuse what cannot hold the job. `needed`: bytes of a rank by kind."""
+    total = 0
+    for kind, name in BLOCKS.items():
+        if zero.get(name, {}).get("device") != "nvme":
             continue
-        needed += int(held * size)
+        total += needed[kind] * _ranks_here(world)
         if zero[name].setdefault("nvme_path", "auto") == "auto":
             zero[name]["nvme_path"] = str(swap)
         else:
             zero[name]["nvme_path"] = str(Path(zero[name]["nvme_path"]) / _own_folder(swap))
-        _check_folder(name, Path(zero[name]["nvme_path"]), needed)
-    if tiers["offload_param"] == "nvme":
+        _check_folder(name, Path(zero[name]["nvme_path"]), total)
+    if zero.get("offload_param", {}).get("device") == "nvme":
         if world == 1 and (model.layers == 1 or model.share_layers):
             # "already assigned swap buffer": the next layer's prefetch is the layer itself.
             raise UserError(
                 "zero_optimization.offload_param.device=nvme: DeepSpeed cannot swap one physical layer on one rank: "
                 "use 2 ranks, or cpu"
             )
+        zero["offload_param"].setdefault("max_in_cpu", 0)  # or a billion weights would stay in memory
         for key in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
             zero.setdefault(key, 0)  # or weights would be kept until no buffer is left to read the next one into
         _resolve_buffers(zero["offload_param"], model, parallel, world)

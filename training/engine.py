@@ -19,12 +19,14 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.experts import ExpertParallel
 from model.m6 import IGNORE, M6, target_counts
 from model.moe import MoELayer
 from training.ds_config import DSConfig
+from training.granular import granular, parameter_groups
+from training.placement import DEVICE
 from training.zero import keep_once, spare_passes
 
 Batch = dict[str, Tensor]
@@ -65,18 +67,18 @@ class Engine:
     def __init__(self, config: DSConfig, seed: int):
         self.config = config
         self.parallel = expert_parallel_groups(config.expert_parallel)
-        tier = None if config.parameter_tier == "none" else config.parameter_tier
-        with deepspeed.zero.Init(config_dict_or_path=config.values, remote_device=tier):
+        tier = config.placement.parameters.coldest
+        with deepspeed.zero.Init(config_dict_or_path=config.values, remote_device=None if tier == DEVICE else tier):
             model = M6(config.model, seed, self.parallel)
         model.recompute = config.recompute
         for module in model.modules():
             if isinstance(module, MoELayer):
                 module.__class__ = EngineMoELayer
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=_parameter_groups(model, config.values["optimizer"]["params"]["weight_decay"]),
-            config=config.values,
-        )
+        decay = config.values["optimizer"]["params"]["weight_decay"]
+        with granular():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, model_parameters=parameter_groups(model, config.placement, decay), config=config.values
+            )
         keep_once(self.deepspeed.optimizer)
         spare_passes(self.deepspeed.optimizer)
         self.model = model
@@ -192,17 +194,3 @@ class Engine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only; ZeRO-3 shows a partitioned weight as empty, so its kept shape decides."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        vector = len(shape) < 2 or name.rsplit(".", 1)[-1].startswith("b")
-        (vectors if vector else matrices).append(parameter)
-    return [
-        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
-        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
-    ]

@@ -82,9 +82,11 @@ def _bad_gradients(engine: Engine) -> list[str]:
     """Names of the parameters whose gradient on this rank, which DeepSpeed has not overwritten yet, is not finite."""
     optimizer = engine.deepspeed.optimizer
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
-    parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
-    gradients = optimizer.grad_partitions_flat_buffer.split([p.partition_numel() for p in parameters])
-    return [names[id(p)] for p, gradient in zip(parameters, gradients, strict=True) if not gradient.isfinite().all()]
+    found = []
+    for group, sums in zip(optimizer.fp16_groups, optimizer.gradient_sums, strict=True):
+        gradients = sums.split([p.partition_numel() for p in group])
+        found += [names[id(p)] for p, gradient in zip(group, gradients, strict=True) if not gradient.isfinite().all()]
+    return found
 
 
 def _few(texts: list[str]) -> str:

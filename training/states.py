@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.utils import groups
 from torch import Tensor
 
 from training.engine import Engine
+from training.placement import CPU, KINDS, NVME, OPTIMIZER, PARAMETERS, TIERS
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 ELEMENT = 4  # bytes: every state is fp32
@@ -171,6 +173,35 @@ def _swap_files(engine: Engine) -> Iterator[tuple[Path, int]]:
         if swapper and parameter.ds_id in swapper.id_to_path:
             numel = swapper._io_aligned_numel(parameter.ds_tensor.ds_numel)
             yield Path(swapper.id_to_path[parameter.ds_id]), numel * swapper.swap_element_size
+
+
+def bytes_by_tier(engine: Engine) -> dict[str, dict[str, int]]:
+    """Bytes that this rank's weights and optimizer states take, by tier and kind; what is shared counts once.
+
+    Measured on the tensors, and on the swap files. Where the device is the CPU, its memory's tiers are told by name.
+    """
+    optimizer = engine.deepspeed.optimizer
+    found = {tier: dict.fromkeys(KINDS, 0) for tier in TIERS}
+    for number, group in enumerate(optimizer.fp16_groups):
+        weights, states = (optimizer.tier(number, kind) for kind in KINDS)
+        for parameter in group:
+            on_disk = parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
+            tier = NVME if on_disk else weights.replace(NVME, CPU)
+            found[tier][PARAMETERS] += parameter.ds_tensor.ds_numel * parameter.element_size()
+        held = [optimizer.gradient_sums[number], optimizer.fp32_partitioned_groups_flat[number].grad]
+        flat = optimizer.fp16_partitioned_groups_flat[number]
+        if optimizer._swappable_optimizer_subgroup(number):
+            info = optimizer.optimizer_swapper.swap_params_info[optimizer.fp32_partitioned_groups_flat[number].ds_id]
+            paths = info.get_swap_paths() + info.get_swap_gradient_paths()
+            found[NVME][OPTIMIZER] += sum(Path(path).stat().st_size for path in paths)
+            states = CPU
+        else:
+            held += _flat_states(engine, number).values()
+        apart = {tensor.data_ptr(): tensor for tensor in held if tensor is not None and tensor.numel()}
+        if flat is not None:
+            apart.pop(flat.data_ptr(), None)  # masters that are the weights
+        found[states.replace(NVME, CPU)][OPTIMIZER] += sum(t.numel() * t.element_size() for t in apart.values())
+    return found
 
 
 def lengths(engine: Engine) -> dict[str, int]:

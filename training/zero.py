@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.placement import OPTIMIZER, PARAMETERS
+
 NORM_PIECE = 2**16  # numbers whose fp64 form stays in a core's cache
 _PRIVATE = "_DeepSpeedZeroOptimizer_Stage3__"
 
@@ -56,25 +58,22 @@ def _clip_if_needed(optimizer: Any, clip: Any, sub_group: int, total_norm: Tenso
 
 
 def keep_once(optimizer: Any) -> None:
-    """Let equal numbers share their memory: 4 bytes a parameter for the gradients, and 4 more in fp32.
+    """Let equal numbers of one tier share their memory: 4 bytes a parameter for the gradients, and 4 more in fp32.
 
     DeepSpeed sums gradients in one buffer and copies the sums to another for an offloaded optimizer; and in fp32 the
     weights that layers compute with are copies of the master weights. On a CPU rank to copy a tensor onto itself costs
     nothing; a GPU's gradients still pass through its memory. States on NVMe are read into buffers of their own, and
     stay as they are.
     """
-    offset = 0
-    for number, group in enumerate(optimizer.fp16_groups):
-        size = sum(parameter.partition_numel() for parameter in group)
+    for number, gradient in enumerate(optimizer.gradient_sums):
         if not optimizer._swappable_optimizer_subgroup(number):
             master = optimizer.fp32_partitioned_groups_flat[number]
-            gradient = optimizer.grad_partitions_flat_buffer.narrow(0, offset, size)
             if master.grad is not None and _alike(master.grad, gradient):
                 master.grad = gradient
             working = optimizer.fp16_partitioned_groups_flat[number]
-            if working is not None and _alike(working, master):
+            one_tier = optimizer.tier(number, PARAMETERS) == optimizer.tier(number, OPTIMIZER)
+            if working is not None and one_tier and _alike(working, master):
                 master.data = working.data
-        offset += size
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -90,9 +90,18 @@ def train(
     data: Path, swap: Path, ds: dict[str, Any], changes: dict[str, Any] | None = None, steps: int = RECIPE["steps"]
 ) -> list[tuple[float, float]]:
     rank = Rank(data, swap, ds, changes)
-    if rank.config.parameter_tier == "nvme":
+    if rank.config.placement.parameters.coldest == "nvme":
         assert list(swap.rglob("*_param.tensor.swp")), "no parameter is truly on the disk"
     return rank.train(0, steps)
+
+
+def train_on_tiers(data: Path, swap: Path, ds: dict[str, Any], changes: dict[str, Any], steps: int) -> tuple[Any, ...]:
+    """Losses and norms, and the bytes of the states by tier and kind, as they are and as they were said to be."""
+    from training import states
+
+    rank = Rank(data, swap, ds, changes)
+    results, config = rank.train(0, steps), rank.config
+    return results, states.bytes_by_tier(rank.engine), config.placement.bytes(config.elements, config.sizes)
 
 
 def states_kept(data: Path, swap: Path, ds: dict[str, Any], clip: float, once: bool) -> dict[str, Any]:

@@ -41,6 +41,10 @@ def refusal(*overrides, world=2, file=CPU, **options):
     return problem
 
 
+def tiers(config):
+    return str(config.placement.parameters), str(config.placement.optimizer)
+
+
 def ds(key, value):
     return f"ds.{key}={value}"
 
@@ -176,13 +180,13 @@ def test_overrides_leave_the_rest_of_a_block():
 def test_without_offload_torch_steps(settings):
     overrides = [ds("zero_optimization.offload_optimizer", settings)] if settings else []
     config = resolved(*overrides)
-    assert (config.parameter_tier, config.optimizer_tier) == ("none", "none")
+    assert tiers(config) == ("device", "device")
     assert config.values["optimizer"]["params"]["torch_adam"] is True
 
 
 def test_with_offload_deepspeed_steps():
     config = resolved("optimizer.lr=5e-4", file=str(FOLDER / "cpu-offload.json"))
-    assert (config.parameter_tier, config.optimizer_tier) == ("cpu", "cpu")
+    assert tiers(config) == ("cpu", "cpu")
     assert config.values["optimizer"] == {
         "type": "AdamW",
         "params": {"lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.01},
@@ -281,7 +285,7 @@ def test_offload_without_a_compiler(file, monkeypatch, tmp_path):
 def test_nvme_fills_in_paths_and_buffers(tmp_path):
     config = resolved(file=NVME, swap=tmp_path / "not" / "yet")
     zero = config.values["zero_optimization"]
-    assert (config.parameter_tier, config.optimizer_tier) == ("nvme", "nvme")
+    assert tiers(config) == ("nvme", "nvme")
     assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == str(tmp_path / "not" / "yet")
     assert zero["offload_param"]["buffer_size"] == largest_partition(config.model, 2, 2)
     assert not any(tmp_path.iterdir())
@@ -418,3 +422,25 @@ def test_micro_batches_hold_whole_contrastive_groups():
 def test_the_emoji_recipe_runs_on_one_rank_as_it_is(gpus, tmp_path):
     recipe = load_recipe(FOLDER.parent / "launch" / "recipes" / "emoji.yaml")
     assert resolve(recipe, 1, gpus, tmp_path).micro_batch == 128
+
+
+def test_deepspeed_is_set_up_for_the_coldest_tier_of_a_granular_policy(tmp_path):
+    config = resolved(
+        ds("m6.offload.parameters.nvme", "2-3"), ds("m6.offload.optimizer.device", "0-3,outside"), swap=tmp_path
+    )
+    zero = config.values["zero_optimization"]
+    assert zero["offload_param"]["device"] == "nvme" and "offload_optimizer" not in zero
+    assert tiers(config) == ("device: outside, layers 0-1; nvme: layers 2-3", "device")
+    assert config.swap_folders == {tmp_path}
+
+
+def test_a_granular_policy_and_max_in_cpu_exclude_each_other(tmp_path):
+    problem = refusal(ds("m6.offload.parameters.cpu", "1"), file=NVME, swap=tmp_path)
+    assert problem.startswith("zero_optimization.offload_param.max_in_cpu: m6.offload.parameters says what is where")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("m6.offload.parameters.device", "{}"), ("m6.offload.device_bytes", "much"), ("m6.offload.x", 1)]
+)
+def test_what_a_granular_policy_cannot_hold_is_refused(key, value):
+    assert refusal(ds(key, value)).startswith(f"{key}=" if "x" not in key else key)
