@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 # oneDNN compiles a kernel for each GEMM shape it has not seen, at several times the cost of the product itself.
 # So 16-bit sizes are rounded up to these many an octave, and to a whole number of the smallest tile.
-SIZES_AN_OCTAVE, LEAST_SIZE = 8, 32
+SIZES_AN_OCTAVE, LEAST_SIZE = 16, 16
 # Of torch's grouped products on GPUs: where blocks of rows begin, and bytes that rows are a multiple of.
 DEVICE_MULTIPLE, DEVICE_BYTES = 16, 16
 
@@ -22,7 +22,7 @@ DEVICE_MULTIPLE, DEVICE_BYTES = 16, 16
 def few_sizes(size: int, like: Tensor) -> int:
     """`size` rounded up, where products of tensors such as `like` are quicker if their sizes are few.
 
-    On CPU at most an eighth is added, beyond LEAST_SIZE, and 0 stays 0. On GPUs no block is empty: gradients of empty
+    On CPU at most a sixteenth is added, beyond LEAST_SIZE, and 0 stays 0. On GPUs no block is empty: gradients of empty
     ones have been seen to be wrong (pytorch issue 172439).
     """
     if like.device.type != "cpu":
