@@ -408,6 +408,37 @@ def evaluate(
 
 
 @m6.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--recipe", type=PATH, help="What would be trained: launch/recipes/*.yaml.")
+@click.option("--model", help="A preset, in place of the recipe's model or without a recipe.")
+@click.option("--world", type=click.IntRange(min=1), required=True, help="Ranks of the job.")
+@click.option("--rank", type=int, default=0, show_default=True, help="The one that is rehearsed.")
+@click.option(
+    "--layers", type=click.IntRange(min=1), help="Build so many of the layers, and half of them; extrapolate."
+)
+@click.option("--delinked", is_flag=True, help="The recipe's training after its layers were delinked.")
+@JSON
+def rehearse(
+    overrides: tuple[str, ...],
+    recipe: Path | None,
+    model: str | None,
+    world: int,
+    rank: int,
+    layers: int | None,
+    delinked: bool,
+    as_json: bool,
+) -> None:
+    """Run one rank's real work of a large job here, alone: its memory, its time, what its collectives would move.
+
+    Parameters, states and steps are exactly that rank's; the other ranks are taken to be its copies. No data is needed.
+    KEY=VALUE overrides any key of the recipe, such as ds_config=ds_configs/m6-1t.json.
+    """
+    from launch.rehearse import Job, recipe_of, rehearse_rank
+
+    rehearse_rank(Job(recipe_of(recipe, model, world, overrides, delinked), world, rank, layers), as_json)
+
+
+@m6.command()
 def models() -> None:
     """The model presets: shapes, parameters, and the totals that were published."""
     from launch.models import show_models

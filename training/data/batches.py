@@ -34,7 +34,13 @@ class Batcher:
     `look` gives the patches [P, C] of what stands for a row's picture.
     """
 
-    def __init__(self, tokenizer: Tokenizer, model: ModelConfig, look: Callable[[Any], np.ndarray], block: int = 1):
+    def __init__(
+        self,
+        tokenizer: Tokenizer | type[Tokenizer],
+        model: ModelConfig,
+        look: Callable[[Any], np.ndarray],
+        block: int = 1,
+    ):
         self.tokenizer, self.model, self.look, self.block = tokenizer, model, look, block
 
     def __call__(self, rows: Sequence[Row], width: int, size: int | None = None) -> Batch:

@@ -1,0 +1,58 @@
+"""A rehearsal of a rank agrees with that rank of a real job."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training import rehearsal_ranks as ranks
+from training import ds_config, rank_share
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+    """By ranks, what a job's last rank measures, and its rehearsal."""
+    return {
+        world: (
+            run_ranks(world, ranks.real, world, timeout=240)[-1],
+            run_ranks(1, ranks.alone, world, world - 1, timeout=240)[0],
+        )
+        for world in ranks.CASES
+    }
+
+
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world, cases in ranks.CASES.items() for case in cases])
+def test_rehearsal_agrees_with_real_ranks(measured: Any, world: int, case: str) -> None:
+    real, alone = (found[case] for found in measured[world])
+    assert alone["collectives"] == real["collectives"]
+    assert real["collectives"]["all_gather"]["bytes"] and real["collectives"]["reduce_scatter"]["bytes"]
+    assert alone["parameters"] == real["parameters"]
+    assert alone["memory"]["held"] == real["memory"]["held"]
+    for kind in ("device_bytes", "host_bytes", "step_bytes"):
+        assert alone["memory"][kind] == pytest.approx(real["memory"][kind], rel=0.1)
+
+
+def test_some_layers_tell_of_all(measured: Any) -> None:
+    two, four, five = (measured[2][1][f"{layers} layers"] for layers in (2, 4, 5))
+    told = rank_share.extrapolate(
+        *({key: one[key] for key in ("parameters", "memory", "collectives")} for one in (two, four)), (2, 4), 5
+    )
+    assert told["parameters"] == five["parameters"]
+    for kind in ("all_gather", "reduce_scatter", "all_to_all"):
+        assert told["collectives"][kind]["bytes"] == five["collectives"][kind]["bytes"]
+    assert told["memory"]["held"]["cpu"] == five["memory"]["held"]["cpu"]
+    assert told["memory"]["step_bytes"] == pytest.approx(five["memory"]["step_bytes"], rel=0.1)
+
+
+def test_arithmetic_agrees_with_what_is_held(measured: Any, tmp_path: Path) -> None:
+    """The check before anything is built: all states, and no more than is held at the most."""
+    for world, cases in ranks.CASES.items():
+        for name, case in cases.items():
+            config = ds_config.resolve(ranks.recipe(world, case), world, 0, tmp_path)
+            share, memory = rank_share.needed(config), measured[world][1][name]["memory"]
+            held = [memory["held"][tier][kind] for tier in ("device", "cpu") for kind in ("parameters", "optimizer")]
+            at_most = memory["device_bytes"] + memory["host_bytes"]
+            assert sum(held) <= share["device"] + share["cpu"] <= at_most
