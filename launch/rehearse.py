@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from training.errors import UserError
 from training.placement import DEVICE
 from training.rank_share import Room, extrapolate, needed
 from training.recipe import Recipe, load_recipe, parse_recipe
-from training.run import FOLDER, SWAP
+from training.run import SWAP
 
 PHASES = 4  # that a rehearsal tells of
 # Of a model without a recipe, as M6-T trained: 8 rows a GPU, of 16 patches and, as is recalled, some 128 positions.
@@ -83,7 +84,8 @@ def rehearse_rank(job: Job, as_json: bool) -> None:
     config = check_room(job, gpus)
     if config.placement.optimizer.coldest != DEVICE:
         operators.main()  # told here if one has to be compiled
-    found = [_measure(job, layers, gpus) for layers in job.built]
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=".") as folder:
+        found = [_measure(job, layers, gpus, Path(folder, SWAP)) for layers in job.built]
     told = summary(job, config, found)
     print(json.dumps(told, indent=1)) if as_json else _print(told)
 
@@ -99,7 +101,7 @@ def check_room(job: Job, gpus: int) -> DSConfig:
 
 
 def _resolved(job: Job, layers: int, gpus: int) -> DSConfig:
-    return resolve(job.with_layers(layers), job.world, gpus, FOLDER / SWAP)
+    return resolve(job.with_layers(layers), job.world, gpus, Path(SWAP))
 
 
 def _lack(job: Job, layers: int, gpus: int) -> str:
@@ -145,9 +147,10 @@ def summary(job: Job, config: DSConfig, found: list[dict[str, Any]]) -> dict[str
     }
 
 
-def _measure(job: Job, layers: int, gpus: int) -> dict[str, Any]:
+def _measure(job: Job, layers: int, gpus: int, swap: Path) -> dict[str, Any]:
     """What a process of its own finds of so many layers. Raises UserError with its reason, if it gives one."""
-    command = [sys.executable, "-m", "training.rehearse", "--world", str(job.world), "--rank", str(job.rank)]
+    own = ["--world", str(job.world), "--rank", str(job.rank), "--swap", str(swap)]
+    command = [sys.executable, "-m", "training.rehearse", *own]
     with subprocess.Popen(
         command, env=_environment(job, gpus), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -3,7 +3,7 @@
 The parameters and states are exactly that rank's and the steps are whole ones, in which the other ranks are copies of
 this one (`training/absent.py`). Rows are full, and routing is balanced, since absent ranks cannot say where they route.
 
-python -m training.rehearse --world 512 --rank 0 < recipe.json
+python -m training.rehearse --world 512 --rank 0 --swap swap < recipe.json
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import psutil
@@ -189,38 +190,47 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def rehearse(recipe: Recipe, rank: int, world: int, tell: Tell) -> dict[str, Any]:
-    """What `Rehearsal.measure` finds, alone in a process of its own. Raises UserError."""
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=".") as folder, counted(absent.AbsentPeers) as traffic:
-        config = ds_config.resolve(recipe, world, torch.cuda.device_count(), Path(folder, "swap"))
-        absent.join(rank, world)
-        get_accelerator().set_device(0)
-        try:
+def rehearse(recipe: Recipe, rank: int, world: int, swap: Path, tell: Tell) -> dict[str, Any]:
+    """What `Rehearsal.measure` finds, alone in a process of its own. Raises UserError.
+
+    `swap`: the folder for `nvme_path: auto`.
+    """
+    config = ds_config.resolve(recipe, world, torch.cuda.device_count(), swap)
+    absent.join(rank, world)
+    get_accelerator().set_device(0)
+    try:
+        with counted(absent.AbsentPeers) as traffic:
             return Rehearsal(recipe, config, rank, tell).measure(traffic)
-        finally:
-            for swap in config.swap_folders:
-                shutil.rmtree(swap, ignore_errors=True)
+    finally:
+        for folder in config.swap_folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
+    """Read a recipe; tell in lines of JSON, in words what is being done and in the end what was found."""
     parser = argparse.ArgumentParser(prog="training.rehearse", description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--swap", type=Path, required=True, help="the folder for nvme_path: auto")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, at DeepSpeed's calls, once a call
     recipe = Recipe.model_validate_json(sys.stdin.read())
     prepare_extensions()
-    try:
-        found = rehearse(recipe, arguments.rank, arguments.world, _tell)
-    except UserError as error:
-        print(f"m6: {error}", file=sys.stderr, flush=True)
-        sys.exit(MISTAKE)
-    _tell(found)
+    with _own_output() as output:
+        try:
+            tell = partial(print, file=output, flush=True)
+            own = arguments.rank, arguments.world, arguments.swap
+            tell(json.dumps(rehearse(recipe, *own, lambda text: tell(json.dumps(text)))))
+        except UserError as error:
+            print(f"m6: {error}", file=sys.stderr, flush=True)
+            sys.exit(MISTAKE)
 
 
-def _tell(word: str | dict[str, Any]) -> None:
-    """A line of JSON: texts say what is being done, and the last line what was found."""
-    print(json.dumps(word), flush=True)
+def _own_output() -> TextIO:
+    """Standard output for us alone: what DeepSpeed prints there goes nowhere, or to those who ask."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno() if os.environ.get("M6_DEBUG") else os.open(os.devnull, os.O_WRONLY), 1)
+    return output
 
 
 if __name__ == "__main__":
