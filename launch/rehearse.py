@@ -20,7 +20,7 @@ from rich.table import Table
 from launch import operators
 from launch.run import count_gpus, rank_environment
 from training.ds_config import DSConfig, resolve
-from training.errors import UserError
+from training.errors import MISTAKE, UserError
 from training.placement import DEVICE
 from training.rank_share import Room, extrapolate, needed
 from training.recipe import Recipe, load_recipe, parse_recipe
@@ -152,7 +152,12 @@ def _measure(job: Job, layers: int, gpus: int, swap: Path) -> dict[str, Any]:
     own = ["--world", str(job.world), "--rank", str(job.rank), "--swap", str(swap)]
     command = [sys.executable, "-m", "training.rehearse", *own]
     with subprocess.Popen(
-        command, env=_environment(job, gpus), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        env=_environment(job, gpus),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for us, and we end it
     ) as process:
         assert process.stdin and process.stdout
         process.stdin.write(job.with_layers(layers).model_dump_json())
@@ -162,6 +167,8 @@ def _measure(job: Job, layers: int, gpus: int, swap: Path) -> dict[str, Any]:
         except BaseException:
             process.kill()
             raise
+    if process.returncode == MISTAKE:
+        sys.exit(MISTAKE)  # it has said which
     if found is None:
         died = f", killed by signal {-process.returncode}; most likely memory ran out" if process.returncode < 0 else ""
         raise UserError(f"rank {job.rank} with {layers} layers came to no end{died}; its own words are above")

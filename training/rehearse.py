@@ -46,7 +46,7 @@ from training.recipe import Recipe
 from training.schedule import learning_rate
 from training.traffic import Traffic, counted
 
-TIMED_STEPS, TIMED_SECONDS = 3, 10.0  # at the most, but for one step
+TIMED_STEPS, TIMED_SECONDS = 3, 10.0  # at the most; but one step however long
 # Words in a parameter's name, and the component of `ParameterCounts` that it belongs to; the first that fits.
 COMPONENTS = {
     "image.": "image", "bags.": "bags", "norm.": "norms", "router.": "routers", "experts.": "experts",

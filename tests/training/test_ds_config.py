@@ -21,7 +21,11 @@ from training.recipe import load_recipe, parse_recipe
 LAW = settings(deadline=None, derandomize=True)
 RECIPE = {"model": "m6-tiny", "steps": 10, "global_batch": 64, "tasks": {"caption": 1}}
 CPU, NVME = str(FOLDER / "cpu.json"), str(FOLDER / "nvme.json")
-SHIPPED = {"cpu": (2, 0), "cpu-offload": (2, 0), "nvme": (2, 0), "gpu-1": (1, 1), "gpu-8": (8, 8)}  # ranks, GPUs
+# Ranks, GPUs.
+SHIPPED = {
+    "cpu": (2, 0), "cpu-offload": (2, 0), "nvme": (2, 0), "gpu-1": (1, 1), "gpu-8": (8, 8), "m6-1t": (8, 8),
+    "m6-10t": (8, 8),
+}  # fmt: skip
 
 
 def recipe(*overrides, ds_config=CPU):

@@ -35,6 +35,14 @@ def test_rehearsal_agrees_with_real_ranks(measured: Any, world: int, case: str) 
         assert alone["memory"][kind] == pytest.approx(real["memory"][kind], rel=0.1)
 
 
+def test_components_are_the_model_s(measured: Any) -> None:
+    """Two equal halves, since everything is even."""
+    shares = measured[2][1]["ep 2"]["parameters"]
+    counts = ranks.recipe(2, ranks.CASES[2]["ep 2"]).model_shape().parameter_counts()
+    assert shares.pop("total") * 2 == counts.total
+    assert {name: 2 * share for name, share in shares.items()} == {name: getattr(counts, name) for name in shares}
+
+
 def test_some_layers_tell_of_all(measured: Any) -> None:
     two, four, five = (measured[2][1][f"{layers} layers"] for layers in (2, 4, 5))
     told = rank_share.extrapolate(
