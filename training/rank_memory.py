@@ -24,6 +24,7 @@ def held(engine: Engine) -> dict[str, dict[str, int]]:
 
     Where the device is the CPU, what is no state counts as the device's, but for the buffers of swapping.
     """
+    gc.collect()
     found = states.bytes_by_tier(engine)
     known = {tier: sum(found[tier].values()) for tier in (DEVICE, CPU)}
     if engine.device.type == "cpu":  # one memory for both tiers

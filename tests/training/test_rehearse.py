@@ -1,5 +1,6 @@
 """A rehearsal of a rank agrees with that rank of a real job."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -7,60 +8,60 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training import rehearsal_ranks as ranks
-from training import ds_config, rank_share
+from training import ds_config, placement, rank_share
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
-    """By ranks, what a job's last rank measures, and its rehearsal."""
-    return {
-        world: (
-            run_ranks(world, ranks.real, world, timeout=240)[-1],
-            run_ranks(1, ranks.alone, world, world - 1, timeout=240)[0],
-        )
-        for world in ranks.CASES
-    }
+@functools.cache
+def measured(world: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the last of so many real ranks measures, and its rehearsal."""
+    real = run_ranks(world, ranks.real, world, timeout=240)[-1]
+    return real, run_ranks(1, ranks.alone, world, world - 1, timeout=240)[0]
+
+
+def without_other(memory: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """The states alone: what else stays may differ by a few hundred bytes."""
+    return {tier: {kind: kinds[kind] for kind in placement.KINDS} for tier, kinds in memory["held"].items()}
 
 
 @pytest.mark.parametrize(("world", "case"), [(world, case) for world, cases in ranks.CASES.items() for case in cases])
-def test_rehearsal_agrees_with_real_ranks(measured: Any, world: int, case: str) -> None:
-    real, alone = (found[case] for found in measured[world])
+def test_rehearsal_agrees_with_real_ranks(world: int, case: str) -> None:
+    real, alone = (found[case] for found in measured(world))
     assert alone["collectives"] == real["collectives"]
     assert real["collectives"]["all_gather"]["bytes"] and real["collectives"]["reduce_scatter"]["bytes"]
     assert alone["parameters"] == real["parameters"]
-    assert alone["memory"]["held"] == real["memory"]["held"]
+    assert without_other(alone["memory"]) == without_other(real["memory"])
     for kind in ("device_bytes", "host_bytes", "step_bytes"):
         assert alone["memory"][kind] == pytest.approx(real["memory"][kind], rel=0.1)
 
 
-def test_components_are_the_model_s(measured: Any) -> None:
+def test_components_are_the_model_s() -> None:
     """Two equal halves, since everything is even."""
-    shares = measured[2][1]["ep 2"]["parameters"]
+    shares = dict(measured(2)[1]["ep 2"]["parameters"])
     counts = ranks.recipe(2, ranks.CASES[2]["ep 2"]).model_shape().parameter_counts()
     assert shares.pop("total") * 2 == counts.total
     assert {name: 2 * share for name, share in shares.items()} == {name: getattr(counts, name) for name in shares}
 
 
-def test_some_layers_tell_of_all(measured: Any) -> None:
-    two, four, five = (measured[2][1][f"{layers} layers"] for layers in (2, 4, 5))
+def test_some_layers_tell_of_all() -> None:
+    two, four, five = (measured(2)[1][f"{layers} layers"] for layers in (2, 4, 5))
     told = rank_share.extrapolate(
         *({key: one[key] for key in ("parameters", "memory", "collectives")} for one in (two, four)), (2, 4), 5
     )
     assert told["parameters"] == five["parameters"]
     for kind in ("all_gather", "reduce_scatter", "all_to_all"):
         assert told["collectives"][kind]["bytes"] == five["collectives"][kind]["bytes"]
-    assert told["memory"]["held"]["cpu"] == five["memory"]["held"]["cpu"]
+    assert without_other(told["memory"]) == without_other(five["memory"])
     assert told["memory"]["step_bytes"] == pytest.approx(five["memory"]["step_bytes"], rel=0.1)
 
 
-def test_arithmetic_agrees_with_what_is_held(measured: Any, tmp_path: Path) -> None:
+def test_arithmetic_agrees_with_what_is_held(tmp_path: Path) -> None:
     """The check before anything is built: all states, and no more than is held at the most."""
     for world, cases in ranks.CASES.items():
         for name, case in cases.items():
             config = ds_config.resolve(ranks.recipe(world, case), world, 0, tmp_path)
-            share, memory = rank_share.needed(config), measured[world][1][name]["memory"]
+            share, memory = rank_share.needed(config), measured(world)[1][name]["memory"]
             held = [memory["held"][tier][kind] for tier in ("device", "cpu") for kind in ("parameters", "optimizer")]
             at_most = memory["device_bytes"] + memory["host_bytes"]
             assert sum(held) <= share["device"] + share["cpu"] <= at_most
