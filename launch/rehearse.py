@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launch import operators
+from launch.processes import forwarding
 from launch.run import count_gpus, rank_environment
 from training.ds_config import DSConfig, resolve
 from training.errors import MISTAKE, UserError
@@ -151,22 +152,22 @@ def _measure(job: Job, layers: int, gpus: int, swap: Path) -> dict[str, Any]:
     """What a process of its own finds of so many layers. Raises UserError with its reason, if it gives one."""
     own = ["--world", str(job.world), "--rank", str(job.rank), "--swap", str(swap)]
     command = [sys.executable, "-m", "training.rehearse", *own]
-    with subprocess.Popen(
+    # In a session of its own, whose end is ours to see to.
+    process = subprocess.Popen(
         command,
         env=_environment(job, gpus),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for us, and we end it
-    ) as process:
+        start_new_session=True,
+    )
+    with process, forwarding(process, to_root=True) as received:
         assert process.stdin and process.stdout
         process.stdin.write(job.with_layers(layers).model_dump_json())
         process.stdin.close()
-        try:
-            found = _listen(process.stdout, f"{layers} of {job.whole} layers")
-        except BaseException:
-            process.kill()
-            raise
+        found = _listen(process.stdout, f"{layers} of {job.whole} layers")
+    if received:
+        sys.exit(128 + received[0])
     if process.returncode == MISTAKE:
         sys.exit(MISTAKE)  # it has said which
     if found is None:
