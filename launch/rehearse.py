@@ -96,8 +96,10 @@ def check_room(job: Job, gpus: int) -> DSConfig:
     lack = _lack(job, job.built[-1], gpus)
     if lack:
         fitting = (layers for layers in range(job.built[-1] - 1, 1, -1) if not _lack(job, layers, gpus))
-        fits = next(fitting, 0)
-        raise UserError(f"{lack}{f'; --layers {fits} would fit' if fits else ''}")
+        if fits := next(fitting, 0):
+            raise UserError(f"{lack}; --layers {fits} would fit")
+        least = _lack(job, min(2, job.whole), gpus)
+        raise UserError(lack if lack == least else f"{lack}; not even --layers 2 would fit")
     return _resolved(job, job.built[-1], gpus)
 
 

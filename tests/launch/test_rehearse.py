@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     assert re.fullmatch(needs, str(error.value))
     check_room(Job(ten_trillion.recipe, 512, 5, 2), gpus=0)
     Memory.available = 10**9
-    with pytest.raises(UserError, match=r"of which 1 GB are free$"):
+    with pytest.raises(UserError, match="of which 1 GB are free; not even --layers 2 would fit"):
         check_room(ten_trillion, gpus=0)
 
 
