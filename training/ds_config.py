@@ -23,12 +23,14 @@ from model.config import Capacity, ModelConfig
 from training import placement
 from training.errors import UserError
 from training.machine import has_libaio, multiplies_bf16
-from training.placement import DEVICE, NVME, OPTIMIZER, PARAMETERS, Elements, Placement, Sizes
+from training.placement import CPU, DEVICE, NVME, OPTIMIZER, PARAMETERS, Elements, Placement, Sizes
 from training.recipe import Recipe, one_line, read_mapping, shown
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 TIERS = ("none", "cpu", "nvme")
 BLOCKS = {PARAMETERS: "offload_param", OPTIMIZER: "offload_optimizer"}  # DeepSpeed's, by kind of state
+COMPACT = "8-bit"
+OPTIMIZER_STATES = ("fp32", COMPACT)
 
 BYTES_OF_A_MASTER = 4
 MOST_ROWS = 32  # of a micro-batch by default: more are no faster on CPU, and take more memory
@@ -41,6 +43,7 @@ BYTES = "a whole number from 1 to 2^30"
 LAYERS = f"layers such as 0-5,8 or {placement.OUTSIDE}"
 NUMBER, TEXT, BLOCK = "a number from 0", "text", "a block of settings"
 DTYPE, TIER, CAPACITY = "fp32 or bf16", ", ".join(TIERS), ", ".join(get_args(Capacity))
+STATES = " or ".join(OPTIMIZER_STATES)
 AUTO = " or auto"
 FITS: dict[str, Callable[[Any], bool]] = {
     FLAG: lambda value: isinstance(value, bool),
@@ -57,6 +60,7 @@ FITS: dict[str, Callable[[Any], bool]] = {
     TIER: lambda value: value in TIERS,
     CAPACITY: lambda value: value in get_args(Capacity),
     LAYERS: lambda value: isinstance(value, str | int) and not isinstance(value, bool),
+    STATES: lambda value: value in OPTIMIZER_STATES,
 }
 
 # Every setting that is known to work under ZeRO-3; blocks that are not listed are left to DeepSpeed.
@@ -89,7 +93,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         "block_size": BYTES, "queue_depth": DEPTH, "intra_op_parallelism": DEPTH, "single_submit": FLAG,
         "overlap_events": FLAG,
     },
-    "m6.": {"capacity": CAPACITY, "capacity_factor": NUMBER, "recompute": FLAG, "offload": BLOCK},
+    "m6.": {"capacity": CAPACITY, "capacity_factor": NUMBER, "recompute": FLAG, "offload": BLOCK, "optimizer_states": STATES},
     "m6.offload.": {"device_bytes": NUMBER, **dict.fromkeys(placement.KINDS, BLOCK)},
     **{f"m6.offload.{kind}.": {"device": LAYERS + AUTO, "cpu": LAYERS, "nvme": LAYERS} for kind in placement.KINDS},
 }  # fmt: skip
@@ -123,8 +127,8 @@ REFUSED = {
         "DeepSpeed would gather a whole layer's experts on every rank; set it to false, the model shards its own "
         "(autoep_size counts)"
     ),
-    "bf16.bf16_master_weights_and_grads": "masters are fp32 (16-bit ones lose small updates): take it out",
-    "bf16.bf16_optimizer_states": "it needs 16-bit masters, which lose small updates: take it out",
+    "bf16.bf16_master_weights_and_grads": "16-bit masters lose small updates: use m6.optimizer_states=8-bit",
+    "bf16.bf16_optimizer_states": "it needs 16-bit masters, which lose small updates: use m6.optimizer_states=8-bit",
     "aio.use_gds": "it needs CUDA's cuFile, and its states cannot be saved: take it out",
     **{f"zero_optimization.{key}": reason for key, reason in {
         "zero_hpz_partition_size": _WITH_EXPERTS,
@@ -162,6 +166,7 @@ class DSConfig:
     placement: Placement
     elements: Elements  # of a rank
     sizes: Sizes
+    optimizer_states: str
 
     @property
     def swap_folders(self) -> set[Path]:
@@ -172,7 +177,8 @@ class DSConfig:
 
     @property
     def precision(self) -> str:
-        return "bf16, fp32 masters" if self.values["bf16"]["enabled"] else "fp32"
+        masters = "24-bit masters, 8-bit moments" if self.optimizer_states == COMPACT else "fp32 masters"
+        return f"bf16, {masters}" if self.values["bf16"]["enabled"] else "fp32"
 
 
 def default_path(gpus: int) -> Path:
@@ -219,6 +225,11 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         # because the gradient's norm is summed by sub-groups, and both tiers are to agree to the bit.
         least = max(LEAST_SWAPPED, values.get("aio", {}).get("block_size", 0))
         zero.setdefault("sub_group_size", least // BYTES_OF_A_MASTER)
+    states = block.get("optimizer_states", "fp32")
+    if states == COMPACT:
+        _check_compact(placed, bf16)
+        # DeepSpeed then keeps no fp32 masters: its bf16 ones are the working copies, to which the optimizer adds bits.
+        bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     values = values | {
         "train_batch_size": recipe.global_batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -227,7 +238,7 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         "bf16": bf16,
         "expert_parallel": {"enabled": False, "autoep_size": parallel},
         # DeepSpeed would else accumulate in the type of the weights.
-        "data_types": {"grad_accum_dtype": "fp32"} | values.get("data_types", {}),
+        "data_types": {"grad_accum_dtype": "bf16" if states == COMPACT else "fp32"} | values.get("data_types", {}),
         "optimizer": _optimizer(recipe, tiers["offload_optimizer"]),
         "steps_per_print": 2**31,
     }
@@ -241,6 +252,7 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         placed,
         elements,
         sizes,
+        states,
     )
 
 
@@ -259,6 +271,15 @@ def _placement(
         if tiers.coldest == DEVICE:
             zero.pop(name, None)
     return placed
+
+
+def _check_compact(placed: Placement, bf16: Mapping[str, Any]) -> None:
+    key = f"m6.optimizer_states={COMPACT}"
+    if set(placed.optimizer) != {CPU}:
+        way = "set zero_optimization.offload_optimizer.device=cpu, or use fp32"
+        raise UserError(f"{key}: with the optimizer on {placed.optimizer}: {way}")
+    if not bf16["enabled"]:
+        raise UserError(f"{key}: its weights are bf16, which is off here: set bf16.enabled=true, or use fp32")
 
 
 def _checked(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,9 +24,11 @@ from torch import Tensor
 from model.experts import ExpertParallel
 from model.m6 import IGNORE, M6, target_counts
 from model.moe import MoELayer
-from training.ds_config import DSConfig
+from training.compact_adam import CompactAdamW
+from training.ds_config import COMPACT, DSConfig
 from training.granular import granular, parameter_groups
 from training.placement import DEVICE
+from training.states import partitions_by_group
 from training.zero import keep_once, spare_passes
 
 Batch = dict[str, Tensor]
@@ -82,9 +84,17 @@ class Engine:
         keep_once(self.deepspeed.optimizer)
         spare_passes(self.deepspeed.optimizer)
         self.model = model
+        if config.optimizer_states == COMPACT:
+            self._compact(seed)
         self.device = torch.device(get_accelerator().current_device_name())
         self.before_batch: Callable[[], None] = lambda: None  # collective; may give up the step under way by raising
         gc.collect()  # the fp32 initial weights that zero.Init's closures still hold
+
+    def _compact(self, seed: int) -> None:
+        """Put the optimizer of 8-bit states in the place of DeepSpeed's, which has made no state yet."""
+        zero = self.deepspeed.optimizer
+        flats, groups = zero.fp32_partitioned_groups_flat, zero.optimizer.param_groups
+        zero.optimizer = CompactAdamW(groups, flats, partitions_by_group(self), seed)
 
     @property
     def world(self) -> int:

@@ -173,6 +173,7 @@ def _traits(values: Mapping[str, Any]) -> dict[str, Any]:
         "expert parallelism": values.get("expert_parallel", {}).get("autoep_size"),
         "parameters on": zero.get("offload_param", {}).get("device", "none"),
         "optimizer on": zero.get("offload_optimizer", {}).get("device", "none"),
+        "optimizer states": block.get("optimizer_states", "fp32"),
     }
 
 

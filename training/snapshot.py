@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.states import FileRange, Part
+from training.states import ELEMENT, FileRange, Part
 
 CHUNK = 16 * 2**20  # bytes that are copied, hashed and written at once
 
@@ -97,6 +97,11 @@ def _chunks(part: Part) -> Iterator[tuple[int, Callable[[], Tensor]]]:
     if isinstance(part.source, Tensor):
         for piece in part.source.split(CHUNK // part.source.element_size()):
             yield piece.nbytes, partial(piece.to, "cpu", copy=True)
+        return
+    if not isinstance(part.source, FileRange):
+        for first in range(0, part.numel, CHUNK // ELEMENT):
+            count = min(CHUNK // ELEMENT, part.numel - first)
+            yield count * ELEMENT, partial(part.source, first, count)
         return
     file = part.source
     for start in range(0, file.size, CHUNK):

@@ -2,7 +2,8 @@
 
 Every parameter's fp32 master and Adam moments are one flat tensor each, of which a rank holds its ZeRO partition, a
 1-D slice; the experts of one layer form one tensor over all expert-parallel ranks. The parts lie in memory, on the
-device, or in the swap files of NVMe offload.
+device, in the swap files of NVMe offload, or in the codes of 8-bit states (`training/compact_adam.py`), which are read
+and written as the fp32 values that they stand for.
 
 DeepSpeed's public accessors (`safe_get_local_fp32_param` and its like) read and write a whole sub-group of parameters
 from NVMe for each one asked for; so this goes by sub-groups, and reads swap files as the files they are.
@@ -10,21 +11,27 @@ from NVMe for each one asked for; so this goes by sub-groups, and reads swap fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.utils import groups
 from torch import Tensor
 
-from training.engine import Engine
+from training.compact_adam import CompactAdamW
 from training.placement import CPU, KINDS, NVME, OPTIMIZER, PARAMETERS, TIERS
 
+if TYPE_CHECKING:
+    from training.engine import Engine
+
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
-ELEMENT = 4  # bytes: every state is fp32
+ELEMENT = 4  # bytes: every state is fp32, or read as such
+
+Decoding = Callable[[int, int], Tensor]  # the values of elements [first, first + count) of a part
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Part:
     offset: int
     numel: int
     length: int
-    source: Tensor | FileRange
+    source: Tensor | FileRange | Decoding
 
     @property
     def bytes(self) -> int:
@@ -52,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class _Partition:
+class Partition:
     """A parameter's ZeRO partition on this rank: `numel` real elements (no padding) at `start` of its sub-group."""
 
     name: str
@@ -65,7 +72,7 @@ class _Partition:
 
 def parts(engine: Engine) -> list[Part]:
     """All of this rank's state as it lies, sub-group by sub-group; nothing is read or copied."""
-    return [part for group in _by_group(engine).values() for part in _parts(engine, group)]
+    return [part for group in partitions_by_group(engine).values() for part in _parts(engine, group)]
 
 
 def resident(engine: Engine, kinds: tuple[str, ...]) -> Iterator[list[tuple[Part, Tensor]]]:
@@ -76,27 +83,29 @@ def resident(engine: Engine, kinds: tuple[str, ...]) -> Iterator[list[tuple[Part
     optimizer = engine.deepspeed.optimizer
     if MASTER in kinds:
         optimizer._partition_all_parameters()  # what is gathered now would not follow
-    for number, group in _by_group(engine).items():
+    for number, group in partitions_by_group(engine).items():
         swapped = optimizer._swappable_optimizer_subgroup(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_in(number)
-        flats = _flat_states(engine, number)
-        views = [(p, kind, _view(flats[kind], p)) for p in group for kind in kinds]
+        views = [(p, kind, _values(engine, p, kind)) for p in group for kind in kinds]
         yield [(_part(p, kind, view), view) for p, kind, view in views]
+        if isinstance(adam := optimizer.optimizer, CompactAdamW):
+            for p, kind, view in views:
+                adam.write(optimizer.fp32_partitioned_groups_flat[number], p, kind, view)
         if MASTER in kinds:
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(number)
 
 
-def _by_group(engine: Engine) -> dict[int, list[_Partition]]:
-    found: dict[int, list[_Partition]] = {}
+def partitions_by_group(engine: Engine) -> dict[int, list[Partition]]:
+    found: dict[int, list[Partition]] = {}
     for partition in _partitions(engine):
         found.setdefault(partition.group, []).append(partition)
     return dict(sorted(found.items()))
 
 
-def _partitions(engine: Engine) -> Iterator[_Partition]:
+def _partitions(engine: Engine) -> Iterator[Partition]:
     optimizer = engine.deepspeed.optimizer
     parameter: Any  # under ZeRO-3, with attributes that torch does not know
     for name, parameter in engine.model.named_parameters():
@@ -107,7 +116,7 @@ def _partitions(engine: Engine) -> Iterator[_Partition]:
             group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             size, rank = _expert_parallel(parameter)
             offset = rank * parameter.ds_numel + first
-            yield _Partition(name, group, int(start), real, offset, size * parameter.ds_numel)
+            yield Partition(name, group, int(start), real, offset, size * parameter.ds_numel)
 
 
 def _expert_parallel(parameter: Any) -> tuple[int, int]:
@@ -118,8 +127,11 @@ def _expert_parallel(parameter: Any) -> tuple[int, int]:
     return groups._get_expert_parallel_world_size(name), groups._get_expert_parallel_rank(name)
 
 
-def _parts(engine: Engine, group: list[_Partition]) -> list[Part]:
+def _parts(engine: Engine, group: list[Partition]) -> list[Part]:
     optimizer, number = engine.deepspeed.optimizer, group[0].group
+    if isinstance(adam := optimizer.optimizer, CompactAdamW):
+        flat = optimizer.fp32_partitioned_groups_flat[number]
+        return [_part(p, kind, partial(adam.read, flat, p, kind)) for p in group for kind in (MASTER, *MOMENTS)]
     flats = _flat_states(engine, number)
     if not optimizer._swappable_optimizer_subgroup(number):
         return [_part(p, kind, _view(flat, p)) for p in group for kind, flat in flats.items()]
@@ -140,11 +152,18 @@ def _flat_states(engine: Engine, number: int) -> dict[str, Any]:
     return {MASTER: flat} | {kind: state[kind] for kind in MOMENTS if kind in state}
 
 
-def _view(flat: Tensor, partition: _Partition) -> Tensor:
+def _values(engine: Engine, partition: Partition, kind: str) -> Tensor:
+    optimizer = engine.deepspeed.optimizer
+    if isinstance(adam := optimizer.optimizer, CompactAdamW):
+        return adam.read(optimizer.fp32_partitioned_groups_flat[partition.group], partition, kind, 0, partition.numel)
+    return _view(_flat_states(engine, partition.group)[kind], partition)
+
+
+def _view(flat: Tensor, partition: Partition) -> Tensor:
     return flat.detach().narrow(0, partition.start, partition.numel)
 
 
-def _part(partition: _Partition, kind: str, source: Tensor | FileRange) -> Part:
+def _part(partition: Partition, kind: str, source: Tensor | FileRange | Decoding) -> Part:
     return Part(f"{partition.name}.{kind}", partition.offset, partition.numel, partition.length, source)
 
 
