@@ -70,17 +70,25 @@ class Measured:
 class OurStep:
     """Our engine with one micro-batch a step; each call takes a step. Collective."""
 
-    def __init__(self, config: ModelConfig, states: str, tokens: int, swap: Path, bf16: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        tier: str,
+        tokens: int,
+        swap: Path,
+        bf16: bool = False,
+        states: str = "fp32",
+    ):
         self.config = config
         rows, base = tokens // ROW, PRESETS["m6-tiny"].config
         changes = {key: value for key, value in vars(config).items() if value != getattr(base, key)}
         recipe = {
             "model": {"preset": "m6-tiny", **{k: v for k, v in changes.items() if not k.startswith("capacity")}},
-            "ds_config": str(CONFIGS / TIERS[states]),
+            "ds_config": str(CONFIGS / TIERS[tier]),
             "ds": {
                 "train_micro_batch_size_per_gpu": rows // dist.get_world_size(),
                 "bf16": {"enabled": bf16},
-                "m6": {"capacity": config.capacity},
+                "m6": {"capacity": config.capacity, "optimizer_states": states},
             },
             "global_batch": rows,
             "steps": STEPS,

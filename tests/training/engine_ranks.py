@@ -189,10 +189,13 @@ def go_on(
 def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
     """Each state's values by global offset, so that layouts can be compared: key -> {offset: bytes}.
 
-    By DeepSpeed's own accessors: a reference for what the checkpoint reads and writes.
+    By DeepSpeed's own accessors: a reference for what the checkpoint reads and writes. They know nothing of 8-bit
+    states.
     """
     from deepspeed.utils import groups, safe_get_local_fp32_param, safe_get_local_optimizer_state
 
+    if rank.config.optimizer_states == "8-bit":
+        return decoded_states(rank)
     found: dict[str, dict[int, bytes]] = {}
     for name, parameter in rank.engine.model.named_parameters():
         first = parameter.ds_zero_partition_rank * parameter.ds_tensor.ds_numel
@@ -205,4 +208,14 @@ def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
             get = safe_get_local_fp32_param if kind == "master" else safe_get_local_optimizer_state
             value = get(parameter) if kind == "master" else get(parameter, kind)
             found.setdefault(f"{name}.{kind}", {})[first] = value[:real].detach().numpy().tobytes()
+    return found
+
+
+def decoded_states(rank: Rank) -> dict[str, dict[int, bytes]]:
+    from training import states
+
+    found: dict[str, dict[int, bytes]] = {}
+    for part in states.parts(rank.engine):
+        assert callable(part.source)
+        found.setdefault(part.key, {})[part.offset] = part.source(0, part.numel).numpy().tobytes()
     return found

@@ -29,16 +29,21 @@ RUN = [
 
 
 @pytest.mark.parametrize(
-    ("tier", "parallel", "bf16"),
-    [(ranks.NONE, 1, False), (ranks.CPU, 2, True), pytest.param(ranks.NVME, 2, False, marks=NVME)],
-    ids=["device-ep1", "cpu-ep2-bf16", "nvme-ep2"],
+    ("tier", "parallel", "block"),
+    [
+        (ranks.NONE, 1, {}),
+        (ranks.CPU, 2, {"bf16": True}),
+        (ranks.CPU, 2, {"bf16": True, "optimizer_states": "8-bit"}),
+        pytest.param(ranks.NVME, 2, {}, marks=NVME),
+    ],
+    ids=["device-ep1", "cpu-ep2-bf16", "cpu-ep2-8-bit", "nvme-ep2"],
 )
 def test_a_skipped_step_leaves_no_trace_but_its_count(
-    sample_corpus: Corpus, tmp_path: Path, tier: dict[str, Any], parallel: int, bf16: bool
+    sample_corpus: Corpus, tmp_path: Path, tier: dict[str, Any], parallel: int, block: dict[str, Any]
 ) -> None:
     # Under NVMe offload DeepSpeed writes an expert's gradient of this size to the disk.
     changes = {"model": ranks.MODEL | {"ffn": 2304 if tier is ranks.NVME else 256}}
-    ds, data = ranks.settings(tier, parallel, bf16=bf16), sample_corpus.folder.parent
+    ds, data = ranks.settings(tier, parallel, **block), sample_corpus.folder.parent
     results = run_ranks(2, bad_steps.skip_and_train, data, tmp_path / "swap", ds, changes, tmp_path / "checkpoints")
     for result in results:
         holder = parallel - 1  # of rank 1's first expert; without expert parallelism its gradient is rank 0's to keep
