@@ -87,6 +87,7 @@ def _slope(small: list[dict[str, Any]], large: list[dict[str, Any]], key: str) -
 def measure_memory(states: str, layers: int, data: Path) -> dict[str, Any]:
     """Bytes that the rank has grown by and that its states' tensors hold, and seconds of the optimizer's phase."""
     from benchmarks.steps import OurStep, Text, text_model
+    from tests.training.engine_ranks import state_sizes
     from training.meter import host_bytes
     from training.start import init_distributed
 
@@ -99,31 +100,17 @@ def measure_memory(states: str, layers: int, data: Path) -> dict[str, Any]:
     seconds = [step(text.take()).phases["optimizer"] for _ in range(WARM_UP + STEPS)][WARM_UP:]
     return {
         "resident": host_bytes() - before,
-        "tensors": _tensor_bytes(step.engine.deepspeed.optimizer),
+        "tensors": sum(state_sizes(step.engine.deepspeed.optimizer)),
         "parameters": config.parameter_counts().total,
         "seconds": seconds,
     }
 
 
-def _tensor_bytes(zero: Any) -> int:
-    """Of all that ZeRO-3 keeps of the model between two steps; what shares its memory counts once."""
-    flats = zero.fp32_partitioned_groups_flat
-    kept = [
-        zero.grad_partitions_flat_buffer,
-        *zero.fp16_partitioned_groups_flat,
-        *flats,
-        *(flat.grad for flat in flats),
-    ]
-    kept += [value for state in zero.optimizer.state.values() for value in state.values() if hasattr(value, "data_ptr")]
-    storages = [tensor.untyped_storage() for tensor in kept]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
 def quality(arguments: argparse.Namespace) -> str:
     kinds = (*OPTIMIZER_STATES, NEAREST, RANDOM)
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-    for seed in arguments.seeds:
-        for kind in kinds:
+    for kind in kinds:
+        for seed in arguments.seeds:
             losses = run_ranks(1, measure_quality, kind, seed, arguments.steps, arguments.data, timeout=3600)[0]
             print(seed, kind, losses, file=sys.stderr, flush=True)
             found[kind].append(losses)

@@ -88,7 +88,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         "device": TIER, "nvme_path": TEXT + AUTO, "buffer_count": BUFFERS, "pin_memory": FLAG, "fast_init": FLAG,
     },
     "expert_parallel.": {"enabled": FLAG, "autoep_size": SIZE + AUTO},
-    "data_types.": {"grad_accum_dtype": DTYPE},
+    "data_types.": {"grad_accum_dtype": DTYPE + AUTO},
     "aio.": {
         "block_size": BYTES, "queue_depth": DEPTH, "intra_op_parallelism": DEPTH, "single_submit": FLAG,
         "overlap_events": FLAG,
@@ -212,8 +212,9 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
     parallel = _expert_parallel(values, model, world)
     micro, accumulation = _batch(values, recipe, world)
     bf16 = _bf16(values.get("bf16", {}), gpus)
-    summed = values.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    sizes = Sizes(weight=2 if bf16["enabled"] else 4, gradient=4 if summed == "fp32" else 6)
+    states = block.get("optimizer_states", "fp32")
+    sums = _sums(values.get("data_types", {}), states)
+    sizes = _sizes(bf16["enabled"], sums, states)
     elements = Elements.of(model, parallel, world)
     placed = _placement(zero, block.get("offload", {}), model, elements, sizes, gpus)
     tiers = {name: zero.get(name, {}).get("device", "none") for name in BLOCKS.values()}
@@ -225,7 +226,6 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         # because the gradient's norm is summed by sub-groups, and both tiers are to agree to the bit.
         least = max(LEAST_SWAPPED, values.get("aio", {}).get("block_size", 0))
         zero.setdefault("sub_group_size", least // BYTES_OF_A_MASTER)
-    states = block.get("optimizer_states", "fp32")
     if states == COMPACT:
         _check_compact(placed, bf16)
         # DeepSpeed then keeps no fp32 masters: its bf16 ones are the working copies, to which the optimizer adds bits.
@@ -237,8 +237,7 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         "gradient_clipping": recipe.optimizer.clip,
         "bf16": bf16,
         "expert_parallel": {"enabled": False, "autoep_size": parallel},
-        # DeepSpeed would else accumulate in the type of the weights.
-        "data_types": {"grad_accum_dtype": "bf16" if states == COMPACT else "fp32"} | values.get("data_types", {}),
+        "data_types": {"grad_accum_dtype": sums},
         "optimizer": _optimizer(recipe, tiers["offload_optimizer"]),
         "steps_per_print": 2**31,
     }
@@ -271,6 +270,19 @@ def _placement(
         if tiers.coldest == DEVICE:
             zero.pop(name, None)
     return placed
+
+
+def _sums(block: Mapping[str, Any], states: str) -> str:
+    """The type of gradient sums; DeepSpeed's own default is that of the weights."""
+    asked = block.get("grad_accum_dtype", "auto")
+    return asked if asked != "auto" else "bf16" if states == COMPACT else "fp32"
+
+
+def _sizes(bf16: bool, sums: str, states: str) -> Sizes:
+    """Gradients are kept twice where their sums are of another type than the masters."""
+    if states == COMPACT:
+        return Sizes(weight=2, master=3, gradient=2 if sums == "bf16" else 6, moments=2)
+    return Sizes(weight=2 if bf16 else 4, gradient=4 if sums == "fp32" else 6)
 
 
 def _check_compact(placed: Placement, bf16: Mapping[str, Any]) -> None:

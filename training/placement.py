@@ -34,8 +34,10 @@ class Sizes:
 
     def optimizer(self, weights: str, states: str) -> Counter[str]:
         """By tier, of the optimizer's states on tier `states`, where the weights are on tier `weights`."""
-        # A weight in its master's precision is the master, where both are in one memory (`training/zero.py`).
-        master = 0 if weights == states != NVME and self.weight == self.master else self.master
+        # Where both are in one memory, a weight in its master's precision is the master (`training/zero.py`), and a
+        # bf16 one is two bytes of a 24-bit master's three.
+        shared = self.weight if self.weight == self.master or self.master == 3 else 0
+        master = self.master - (shared if weights == states != NVME else 0)
         found = Counter({states: master + self.gradient + self.moments})
         if states == NVME:
             found[CPU] += self.gradient  # gradients are summed in memory, and the sums then written

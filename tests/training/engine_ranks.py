@@ -157,7 +157,9 @@ def load_and_train(
     assert found is not None and found.manifest["step"] == step
     checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
     digests = state_digests(rank)
-    return {"digests": digests, "losses": rank.train(step, last)}
+    losses, zero = rank.train(step, last), rank.engine.deepspeed.optimizer
+    weight = sum(state_sizes(zero)) / sum(flat.numel() for flat in zero.fp32_partitioned_groups_flat)
+    return {"digests": digests, "losses": losses, "bytes a parameter": weight}
 
 
 def go_on(
@@ -184,6 +186,19 @@ def go_on(
     outcome = saver.wait()
     assert outcome is not None and not outcome.error, outcome
     return {"arrived": arrived, "left": state_digests(rank), "positions": positions}
+
+
+def state_sizes(zero: Any) -> list[int]:
+    """Bytes of all that ZeRO-3 keeps of the model between two steps; what shares its memory counts once."""
+    flats = zero.fp32_partitioned_groups_flat
+    kept = [
+        zero.grad_partitions_flat_buffer,
+        *zero.fp16_partitioned_groups_flat,
+        *flats,
+        *(flat.grad for flat in flats),
+    ]
+    kept += [value for state in zero.optimizer.state.values() for value in state.values() if hasattr(value, "data_ptr")]
+    return list({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in kept)}.values())
 
 
 def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:

@@ -146,8 +146,10 @@ def test_unknown_keys_come_with_a_suggestion(key, said):
         ("zero_optimization.offload_param.buffer_count", "3", "a whole number from 4 to 4096"),
         ("zero_optimization.offload_optimizer.buffer_count", "3", "a whole number from 4 to 4096"),
         ("zero_optimization.offload_param.nvme_path", "5", "text or auto"),
-        ("data_types.grad_accum_dtype", "fp16", "fp32 or bf16"), ("communication_data_type", "fp16", "fp32 or bf16"),
+        ("data_types.grad_accum_dtype", "fp16", "fp32 or bf16 or auto"),
+        ("communication_data_type", "fp16", "fp32 or bf16"),
         ("m6.capacity", "2x", "1x, kx, none"), ("m6.capacity", "[1x]", "1x, kx, none"),
+        ("m6.optimizer_states", "4-bit", "fp32 or 8-bit"), ("m6.optimizer_states", "8", "fp32 or 8-bit"),
         ("m6.capacity_factor", ".inf", "a number from 0"), ("m6.capacity_factor", "much", "a number from 0"),
     ],
 )  # fmt: skip
@@ -209,6 +211,32 @@ def test_bf16_auto_on_the_cpu_is_by_its_instructions(monkeypatch, flags, fast):
 def test_bf16_auto_on_a_gpu_is_on():
     config = resolved(world=1, gpus=1, file=str(FOLDER / "gpu-1.json"))
     assert config.values["bf16"]["enabled"] is True and config.precision == "bf16, fp32 masters"
+
+
+OFFLOAD, COMPACT = str(FOLDER / "cpu-offload.json"), ds("m6.optimizer_states", "8-bit")
+
+
+def test_8_bit_states_are_a_matter_of_the_ds_config():
+    config = resolved(COMPACT, ds("bf16.enabled", True), file=OFFLOAD)
+    assert config.precision == "bf16, 24-bit masters, 8-bit moments"
+    bf16 = get_bfloat16_config(json.loads(json.dumps(config.values)))
+    assert bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states
+    assert config.values["data_types"]["grad_accum_dtype"] == "bf16"
+    wide = resolved(COMPACT, ds("bf16.enabled", True), ds("data_types.grad_accum_dtype", "fp32"), file=OFFLOAD)
+    assert wide.values["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("file", "enabled", "said"),
+    [
+        (OFFLOAD, False, "its weights are bf16, which is off here: set bf16.enabled=true"),
+        (CPU, True, "with the optimizer on the device: set zero_optimization.offload_optimizer.device=cpu"),
+        (NVME, True, "with the optimizer on nvme: set zero_optimization.offload_optimizer.device=cpu"),
+    ],
+)
+def test_8_bit_states_are_refused_where_they_cannot_be(file, enabled, said, tmp_path):
+    message = refusal(COMPACT, ds("bf16.enabled", enabled), file=file, swap=tmp_path)
+    assert message == f"m6.optimizer_states=8-bit: {said}, or use fp32"
 
 
 @LAW
