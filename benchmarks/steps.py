@@ -78,7 +78,9 @@ class OurStep:
         swap: Path,
         bf16: bool = False,
         states: str = "fp32",
+        zero: dict[str, Any] | None = None,
     ):
+        """`states`: `m6.optimizer_states`; `zero`: what differs in the ds_config's `zero_optimization`."""
         self.config = config
         rows, base = tokens // ROW, PRESETS["m6-tiny"].config
         changes = {key: value for key, value in vars(config).items() if value != getattr(base, key)}
@@ -89,6 +91,7 @@ class OurStep:
                 "train_micro_batch_size_per_gpu": rows // dist.get_world_size(),
                 "bf16": {"enabled": bf16},
                 "m6": {"capacity": config.capacity, "optimizer_states": states},
+                "zero_optimization": zero or {},
             },
             "global_batch": rows,
             "steps": STEPS,

@@ -157,9 +157,8 @@ def load_and_train(
     assert found is not None and found.manifest["step"] == step
     checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
     digests = state_digests(rank)
-    losses, zero = rank.train(step, last), rank.engine.deepspeed.optimizer
-    weight = sum(state_sizes(zero)) / sum(flat.numel() for flat in zero.fp32_partitioned_groups_flat)
-    return {"digests": digests, "losses": losses, "bytes a parameter": weight}
+    losses = rank.train(step, last)
+    return {"digests": digests, "losses": losses, "bytes": state_bytes(rank.engine.deepspeed.optimizer)}
 
 
 def go_on(
@@ -188,8 +187,8 @@ def go_on(
     return {"arrived": arrived, "left": state_digests(rank), "positions": positions}
 
 
-def state_sizes(zero: Any) -> list[int]:
-    """Bytes of all that ZeRO-3 keeps of the model between two steps; what shares its memory counts once."""
+def state_bytes(zero: Any) -> int:
+    """Of all that ZeRO-3 keeps of the model in memory between two steps; what shares its memory counts once."""
     flats = zero.fp32_partitioned_groups_flat
     kept = [
         zero.grad_partitions_flat_buffer,
@@ -198,7 +197,8 @@ def state_sizes(zero: Any) -> list[int]:
         *(flat.grad for flat in flats),
     ]
     kept += [value for state in zero.optimizer.state.values() for value in state.values() if hasattr(value, "data_ptr")]
-    return list({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in kept)}.values())
+    storages = [tensor.untyped_storage() for tensor in kept if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
