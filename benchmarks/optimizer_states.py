@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (2, 10)
 TOKENS = 512
 WARM_UP, STEPS = 3, 8
+RETURN_FREED_MEMORY = f"glibc.malloc.mmap_threshold={2**16}"
 # What a GPU would hold is host memory too on a CPU: weights that are kept for their next use, and gradients until a
 # bucket is full. By default both are bounded by a number of elements that these models do not reach.
 BRIEF = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "reduce_bucket_size": 2**20}
@@ -62,7 +63,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3), help="of quality")
     parser.add_argument("--steps", type=int, default=120, help="of quality")
     arguments = parser.parse_args()
-    os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY  # as ranks of `m6 train` have it
+    # Ranks of `m6 train` keep what is freed for its next use; here what is resident is to be what is in use.
+    os.environ["GLIBC_TUNABLES"] = RETURN_FREED_MEMORY if arguments.what == "memory" else KEEP_FREED_MEMORY
     prepare_extensions()
     print({"memory": memory, "quality": quality, "speed": speed}[arguments.what](arguments))
 
@@ -94,9 +96,9 @@ def _slope(small: list[dict[str, Any]], large: list[dict[str, Any]], key: str) -
 def measure_memory(states: str, layers: int, data: Path) -> dict[str, Any]:
     """Bytes that the rank has grown by and that its states' tensors hold, and seconds of the optimizer's phase."""
     from benchmarks.steps import OurStep, Text, text_model
-    from tests.training.engine_ranks import state_bytes
     from training.meter import host_bytes
     from training.start import init_distributed
+    from training.states import bytes_by_tier
 
     warnings.simplefilter("ignore")  # of torch, at DeepSpeed's calls
     init_distributed()
@@ -107,7 +109,7 @@ def measure_memory(states: str, layers: int, data: Path) -> dict[str, Any]:
     seconds = [step(text.take()).phases["optimizer"] for _ in range(WARM_UP + STEPS)][WARM_UP:]
     return {
         "resident": host_bytes() - before,
-        "tensors": state_bytes(step.engine.deepspeed.optimizer),
+        "tensors": sum(bytes_by_tier(step.engine)["cpu"].values()),
         "parameters": config.parameter_counts().total,
         "seconds": seconds,
     }

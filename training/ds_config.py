@@ -93,7 +93,10 @@ SETTINGS: dict[str, dict[str, str]] = {
         "block_size": BYTES, "queue_depth": DEPTH, "intra_op_parallelism": DEPTH, "single_submit": FLAG,
         "overlap_events": FLAG,
     },
-    "m6.": {"capacity": CAPACITY, "capacity_factor": NUMBER, "recompute": FLAG, "offload": BLOCK, "optimizer_states": STATES},
+    "m6.": {
+        "capacity": CAPACITY, "capacity_factor": NUMBER, "recompute": FLAG, "offload": BLOCK,
+        "optimizer_states": STATES,
+    },
     "m6.offload.": {"device_bytes": NUMBER, **dict.fromkeys(placement.KINDS, BLOCK)},
     **{f"m6.offload.{kind}.": {"device": LAYERS + AUTO, "cpu": LAYERS, "nvme": LAYERS} for kind in placement.KINDS},
 }  # fmt: skip
@@ -214,7 +217,7 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
     bf16 = _bf16(values.get("bf16", {}), gpus)
     states = block.get("optimizer_states", "fp32")
     sums = _sums(values.get("data_types", {}), states)
-    sizes = _sizes(bf16["enabled"], sums, states)
+    sizes = Sizes.of(bf16["enabled"], sums, compact=states == COMPACT)
     elements = Elements.of(model, parallel, world)
     placed = _placement(zero, block.get("offload", {}), model, elements, sizes, gpus)
     tiers = {name: zero.get(name, {}).get("device", "none") for name in BLOCKS.values()}
@@ -274,15 +277,8 @@ def _placement(
 
 def _sums(block: Mapping[str, Any], states: str) -> str:
     """The type of gradient sums; DeepSpeed's own default is that of the weights."""
-    asked = block.get("grad_accum_dtype", "auto")
-    return asked if asked != "auto" else "bf16" if states == COMPACT else "fp32"
-
-
-def _sizes(bf16: bool, sums: str, states: str) -> Sizes:
-    """Gradients are kept twice where their sums are of another type than the masters."""
-    if states == COMPACT:
-        return Sizes(weight=2, master=3, gradient=2 if sums == "bf16" else 6, moments=2)
-    return Sizes(weight=2 if bf16 else 4, gradient=4 if sums == "fp32" else 6)
+    automatic = "bf16" if states == COMPACT else "fp32"
+    return block.get("grad_accum_dtype", "auto").replace("auto", automatic)
 
 
 def _check_compact(placed: Placement, bf16: Mapping[str, Any]) -> None:

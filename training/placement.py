@@ -32,6 +32,13 @@ class Sizes:
     gradient: int = 4  # its sum over micro-batches and ranks
     moments: int = 8
 
+    @staticmethod
+    def of(bf16: bool, sums: str, compact: bool) -> Sizes:
+        """With gradient sums in fp32 or bf16, kept apart from gradients of another type; `compact`: 8-bit states."""
+        if compact:
+            return Sizes(weight=2, master=3, gradient=2 if sums == "bf16" else 6, moments=2)
+        return Sizes(weight=2 if bf16 else 4, gradient=4 if sums == "fp32" else 6)
+
     def optimizer(self, weights: str, states: str) -> Counter[str]:
         """By tier, of the optimizer's states on tier `states`, where the weights are on tier `weights`."""
         # Where both are in one memory, a weight in its master's precision is the master (`training/zero.py`), and a

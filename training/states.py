@@ -216,8 +216,9 @@ def bytes_by_tier(engine: Engine) -> dict[str, dict[str, int]]:
             states = CPU
         else:
             master = optimizer.fp32_partitioned_groups_flat[number]
-            held += [master, *optimizer.optimizer.state.get(master, {}).values()]
-        apart = {tensor.data_ptr(): tensor for tensor in held if isinstance(tensor, Tensor) and tensor.numel()}
+            state = optimizer.optimizer.state.get(master, {})
+            held += [master, *(value for key, value in state.items() if key != "step")]
+        apart = {tensor.data_ptr(): tensor for tensor in held if tensor is not None and tensor.numel()}
         if flat is not None:
             apart.pop(flat.data_ptr(), None)  # masters that are the weights
         found[states.replace(NVME, CPU)][OPTIMIZER] += sum(t.numel() * t.element_size() for t in apart.values())

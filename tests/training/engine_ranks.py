@@ -150,7 +150,7 @@ def load_and_train(
     last: int,
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    from training import checkpoint
+    from training import checkpoint, states
 
     rank = Rank(data, swap, ds, changes)
     found = checkpoint.newest(folder)
@@ -158,7 +158,7 @@ def load_and_train(
     checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
     digests = state_digests(rank)
     losses = rank.train(step, last)
-    return {"digests": digests, "losses": losses, "bytes": state_bytes(rank.engine.deepspeed.optimizer)}
+    return {"digests": digests, "losses": losses, "bytes": states.bytes_by_tier(rank.engine)}
 
 
 def go_on(
@@ -185,20 +185,6 @@ def go_on(
     outcome = saver.wait()
     assert outcome is not None and not outcome.error, outcome
     return {"arrived": arrived, "left": state_digests(rank), "positions": positions}
-
-
-def state_bytes(zero: Any) -> int:
-    """Of all that ZeRO-3 keeps of the model in memory between two steps; what shares its memory counts once."""
-    flats = zero.fp32_partitioned_groups_flat
-    kept = [
-        zero.grad_partitions_flat_buffer,
-        *zero.fp16_partitioned_groups_flat,
-        *flats,
-        *(flat.grad for flat in flats),
-    ]
-    kept += [value for state in zero.optimizer.state.values() for value in state.values() if hasattr(value, "data_ptr")]
-    storages = [tensor.untyped_storage() for tensor in kept if tensor is not None]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
