@@ -230,7 +230,7 @@ def test_8_bit_states_are_a_matter_of_the_ds_config():
     ("file", "enabled", "said"),
     [
         (OFFLOAD, False, "its weights are bf16, which is off here: set bf16.enabled=true"),
-        (CPU, True, "with the optimizer on the device: set zero_optimization.offload_optimizer.device=cpu"),
+        (CPU, True, "with the optimizer on device: set zero_optimization.offload_optimizer.device=cpu"),
         (NVME, True, "with the optimizer on nvme: set zero_optimization.offload_optimizer.device=cpu"),
     ],
 )

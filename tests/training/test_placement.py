@@ -63,6 +63,17 @@ def test_bytes_by_tier():
     assert on.bytes(elements, FP32)[NVME] == {"parameters": 4000, "optimizer": 16000}
 
 
+def test_bytes_of_8_bit_states():
+    """2 + 1 + 2 + 2; weights on another tier than their masters are copies of two of their three bytes."""
+    sizes = Sizes.of(bf16=True, sums="bf16", compact=True)
+    for weights in (CPU, DEVICE, NVME):
+        found = Placement(Tiers.all_on(weights, 1), Tiers.all_on(CPU, 1)).bytes(Elements(10, (100,)), sizes)
+        assert sum(found[CPU].values()) == 110 * 7
+        assert found[weights]["parameters"] == 110 * 2
+    wide = Sizes.of(bf16=True, sums="fp32", compact=True)
+    assert wide.optimizer(CPU, CPU)[CPU] == 1 + 6 + 2
+
+
 @LAW
 @given(
     budget=st.floats(1e6, 1e9),
