@@ -15,6 +15,8 @@ from training.recipe import load_recipe, read_mapping
 RECIPES = Path("launch/recipes")
 CLUSTERS = sorted(Path("launch/clusters").glob("*.yaml"))
 TIERS = "delink.then.ds.zero_optimization"
+FP32_STATES = ["delink.then.ds.m6.optimizer_states=fp32", "delink.then.ds.data_types.grad_accum_dtype=fp32"]
+ON_NVME = [f"{TIERS}.{block}.device=nvme" for block in ("offload_param", "offload_optimizer")]
 # Ranks, recipe, its changes, whether its layers are delinked; GB a rank on the device, in host memory, on NVMe.
 LAYOUTS: list[tuple[int, str, list[str], bool, tuple[float, float, float]]] = [
     (480, "m6-1t", [], False, (4.18, 33.4, 0)),
@@ -29,9 +31,10 @@ LAYOUTS: list[tuple[int, str, list[str], bool, tuple[float, float, float]]] = [
     ),
     (512, "m6-10t", [], False, (7.37, 0, 0)),
     (512, "m6-10t", ["ds.bf16.enabled=false"], False, (6.55, 0, 0)),
-    (512, "m6-10t", [], True, (0, 117.8, 314.3)),
-    (512, "m6-10t", [f"{TIERS}.offload_optimizer.device=cpu"], True, (0, 353.5, 0)),
-    (512, "m6-10t", ["ds.bf16.enabled=false", f"{TIERS}.offload_param.device=nvme"], True, (0, 78.6, 392.8)),
+    (512, "m6-10t", [], True, (0, 137.5, 0)),
+    (512, "m6-10t", [*FP32_STATES, f"{TIERS}.offload_optimizer.device=nvme"], True, (0, 117.8, 314.3)),
+    (512, "m6-10t", FP32_STATES, True, (0, 353.5, 0)),
+    (512, "m6-10t", ["ds.bf16.enabled=false", *FP32_STATES, *ON_NVME], True, (0, 78.6, 392.8)),
 ]
 
 
@@ -71,9 +74,9 @@ def numbers() -> Iterator[Any]:
         yield from (f"{size:,}" for size in (model.experts, model.attention, model.routers, model.norms, model.total))
     yield f"{one.expert_parameters:,}"
     # A node's, of 8 and of 16 ranks.
-    yield from (f"{8 * 33.44:.0f}", f"{16 * 33.44:.0f}", f"{8 * 117.85:.0f} GB", f"{8 * 353.54:,.0f} GB")
+    yield from (f"{8 * 33.44:.0f}", f"{16 * 33.44:.0f}", f"{8 * 137.49:,.0f} GB", f"{8 * 353.54:,.0f} GB")
     yield from (f"{16 * 78.565:,.0f} GB", f"{16 * (78.565 + 78.565):,.0f} GB")
-    yield from (f"{8 * 314.26 / 1e3:.2f} TB", f"{16 * 392.83 / 1e3:.2f} TB")
+    yield from (f"{8 * 117.85:.0f} GB", f"{8 * 314.26 / 1e3:.2f} TB", f"{16 * 392.83 / 1e3:.2f} TB")
     yield from (f"{12 * model.parameter_counts().total / 1e12:.1f} TB" for model in (one, ten))
     rows = -(-1024 * 125 // (100 * ten.experts)) * ten.experts  # places, all taken
     yield from (f"{rows:,} rows", f"{ten.training_flops(1024, 896, rows * ten.layers) / 1024 / 1e9:.1f} GFLOP")
