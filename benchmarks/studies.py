@@ -1,6 +1,6 @@
 """Studies of M6's methods on the real data: several seeds, one budget, differences that are paired by seed.
 
-    python -m benchmarks.studies rate routing balance dense pseudo [--seeds 1 2 3] [--steps 320] [--folder FOLDER]
+    python -m benchmarks.studies rate routing balance dense pseudo [--seeds 1 2 3] [--steps 120] [--folder FOLDER]
 
 Each run is one of `m6 train` on one rank and one core: `benchmarks/studies.yaml` with changes. Runs that have ended are
 passed over, others go on from their last save, so it can be stopped at any time. Then the tables of each study are
@@ -34,7 +34,7 @@ from training.tracking import read_json, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = Path(__file__).with_suffix(".yaml")
-PARTS = 8  # of a run, at whose ends it is evaluated and may be delinked
+PARTS = 4  # of a run, at whose ends it is evaluated and may be delinked
 M6_COMMAND = (sys.executable, "-P", "-c", "from launch.cli import main; main()")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "DS_ACCELERATOR": "cpu"}
 
@@ -126,10 +126,8 @@ def _pseudo() -> Study:
 
 
 def _rate() -> Study:
-    rates = (5e-4, 1e-3, 2e-3, 4e-3)
-    contenders = tuple(_changed(REAL, f"lr-{rate:g}", f"optimizer.lr={rate}") for rate in rates)
-    pairs = tuple((one.name, contenders[1].name) for one in contenders if one is not contenders[1])
-    return Study(contenders, pairs)
+    others = tuple(_changed(REAL, f"lr-{rate:g}", f"optimizer.lr={rate}") for rate in (1e-3, 4e-3))
+    return Study((REAL, *others), tuple((one.name, REAL.name) for one in others))
 
 
 STUDIES: dict[str, Study] = {
@@ -197,7 +195,7 @@ class Laboratory:
             self._delink(contender, seed)
             begun = True
         command = [*M6_COMMAND, "train", *self._arguments(contender, seed), *(["--resume"] if begun else [])]
-        log = run.with_suffix(".log")
+        log = run.with_name(f"{run.name}.log")  # beside it: a run has its folder to itself
         with log.open("a") as output:
             code = subprocess.run(command, cwd=self.folder, env=ENVIRONMENT, stdout=output, stderr=output).returncode
         if code:
@@ -219,7 +217,7 @@ class Laboratory:
             return [*common, "--recipe", str(run / RECIPE)]
         part = self.steps // PARTS
         save = [f"save_every={part}", f"keep_every={part}"] if contender is PSEUDO else [f"save_every={self.steps}"]
-        length = [f"steps={self.steps}", f"evaluation.every={part}", f"schedule.warmup={part}"]
+        length = [f"steps={self.steps}", f"evaluation.every={part}", f"schedule.warmup={part // 2}"]
         return [*common, "--recipe", str(COMMON), f"seed={seed}", *length, *save, *contender.changes]
 
     def _delink(self, contender: Contender, seed: int) -> None:

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from training.charts import HEIGHT, WIDTH, Figure, Series
 
 VALIDATION = "loss/validation/"
-LAST = 7 / 8  # of the steps, after which training loss and load are averaged
+LAST = 3 / 4  # of the steps, after which training loss and load are averaged
 # Student's t, by degrees of freedom from 1 on: the half width of a 95 % interval in standard errors.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 COLOURS = ("#55524d", "#c2460a", "#0f8a7e", "#a2559b", "#6d8fbf", "#b08900", "#1a7f43")
