@@ -148,7 +148,7 @@ def _differences(results: Mapping[str, Sequence[Result]], comparisons: Sequence[
         pairs = [paired([run.loss for run in a], [run.loss for run in b])]
         pairs.append(paired([run.training_loss for run in a], [run.training_loss for run in b]))
         pairs += [paired([run.tasks[task] for run in a], [run.tasks[task] for run in b]) for task in tasks]
-        lines.append(_row(f"{first} − {second}", *(f"{mean:+.3f} ± {half:.3f}" for mean, half in pairs)))
+        lines.append(_row(f"{first} − {second}", *(_plus_minus(mean, half, "+.3f") for mean, half in pairs)))
     return "\n".join(lines)
 
 
@@ -157,7 +157,11 @@ def _row(*cells: str) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f} ± {stdev(values) if len(values) > 1 else math.nan:.3f}"
+    return _plus_minus(fmean(values), stdev(values) if len(values) > 1 else math.nan, ".3f")
+
+
+def _plus_minus(mean: float, half: float, form: str) -> str:
+    return f"{mean:{form}}" if math.isnan(half) else f"{mean:{form}} ± {half:.3f}"
 
 
 def _or_none(values: Sequence[float], form: str) -> str:
