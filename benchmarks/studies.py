@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import resource
 import shutil
@@ -76,7 +77,7 @@ BALANCED = "model.balance_loss=0.01"  # Switch's weight
 UNBALANCED = (TOP1, REAL, TOP1_DROPLESS)
 DENSE, DENSE_TWICE = (Contender(f"dense-{n}x", ("model.experts=0", f"model.ffn={512 * n}")) for n in (1, 2))
 DELINKED = tuple(
-    Contender(f"delinked-{share:.0%}-{moments}", (), share, moments)
+    Contender(f"delinked-{share:.0%}-{moments}", delinked_at=share, moments=moments)
     for share, moments in ((0.25, "clone"), (0.5, "clone"), (0.75, "clone"), (0.5, "reset"), (0.5, "scale"))
 )
 
@@ -106,10 +107,12 @@ def _balance() -> Study:
 
 def _dense() -> Study:
     twice = PROTOTYPES[2, "kx"]
-    pairs = ((TOP1.name, DENSE.name), (REAL.name, DENSE.name), (twice.name, DENSE_TWICE.name))
-    names = (DENSE.name, TOP1.name, REAL.name, DENSE_TWICE.name, twice.name)
+    once = (TOP1, REAL, TOP1_DROPLESS)
+    pairs = (*((one.name, DENSE.name) for one in once), (twice.name, DENSE_TWICE.name))
+    contenders = (DENSE, *once, DENSE_TWICE, twice)
+    names = tuple(one.name for one in contenders)
     panel = Panel("validation loss less the dense model's", "step", "difference", names)
-    return Study((DENSE, TOP1, REAL, DENSE_TWICE, twice), pairs, (panel,))
+    return Study(contenders, pairs, (panel,))
 
 
 def _pseudo() -> Study:
@@ -121,7 +124,7 @@ def _pseudo() -> Study:
     swept = tuple(name for name in names if not name.endswith(("reset", "scale")))
     panels = (
         Panel("validation loss less Real's, against steps", "step", "difference", names),
-        Panel("validation loss, against seconds of steps", "seconds", "loss", swept),
+        Panel("validation loss, against updates of parameters", "updates", "loss", swept),
     )
     return Study(contenders, tuple(pairs), panels)
 
@@ -228,7 +231,8 @@ class Laboratory:
         layers = load_recipe(source / RECIPE).model_shape().layers
         scaled = scaled_moments(layers) if contender.moments == "scale" else contextlib.nullcontext()
         moments = "reset" if contender.moments == "reset" else "clone"
-        with contextlib.chdir(self.folder), scaled:
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with contextlib.chdir(self.folder), scaled, quiet[0], quiet[1]:
             delink_run(source.name, (), self.run(contender, seed).name, step, moments)
 
 

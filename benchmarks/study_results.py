@@ -27,7 +27,7 @@ class Panel:
     """One chart of a study: means over the seeds of some of its runs."""
 
     title: str
-    x: Literal["step", "seconds"]
+    x: Literal["step", "updates"]
     y: Literal["loss", "difference", "load_cv", "drop_rate"]  # `difference`: of the loss to the first run's
     runs: tuple[str, ...]
 
@@ -96,12 +96,12 @@ class Result:
         dropped = sum(n * line.get("moe/drop_rate", 0) for n, line in zip(steps, self.logged, strict=True)) / self.steps
         return self.shape.training_flops(self.tokens, 0, round(kept * (1 - dropped))) / self.tokens
 
-    @property
-    def updates(self) -> float:
-        """Parameters that the optimizer had in hand, summed over the steps: what its time and traffic go by."""
+    def updates(self, step: int) -> float:
+        """Parameters that the optimizer had in hand, summed over `step` steps: what its time and traffic go by."""
         whole = self.shape.parameter_counts().total
         one_layer = ModelConfig(**(vars(self.shape) | {"share_layers": True})).parameter_counts().total
-        return self.shared * one_layer + (self.steps - self.shared) * whole
+        before = min(step, self.shared)
+        return before * one_layer + (step - before) * whole
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
@@ -132,7 +132,7 @@ def _figures(results: Mapping[str, Sequence[Result]]) -> str:
             f"{median(run.seconds(run.steps) / run.steps for run in runs):.3f}",
             f"{median(run.seconds(run.steps) for run in runs):.0f}",
             f"{fmean(run.flops for run in runs) / 1e6:.2f}",
-            f"{fmean(run.updates for run in runs) / 1e9:.2f}",
+            f"{fmean(run.updates(run.steps) for run in runs) / 1e9:.2f}",
             _or_none([run.late("moe/load_cv") for run in runs], ".2f"),
             _or_none([run.late("moe/drop_rate") for run in runs], ".1%"),
         ]
@@ -170,7 +170,7 @@ def _or_none(values: Sequence[float], form: str) -> str:
 
 def drawn(panels: Sequence[Panel], results: Mapping[str, Sequence[Result]]) -> str:
     """The panels side by side, as one SVG file."""
-    height = HEIGHT + LINE * (1 + max(len(panel.runs) for panel in panels))
+    height = HEIGHT + LINE * (2 + max(len(panel.runs) for panel in panels))
     parts = [_panel(number, panel, results) for number, panel in enumerate(panels)]
     rules = [f".c{number}{{stroke:{colour}}}text.c{number}{{fill:{colour}}}" for number, colour in enumerate(COLOURS)]
     style = (
@@ -212,7 +212,7 @@ def _points(panel: Panel, runs: Sequence[Result], first: Sequence[Result]) -> li
     for step in list(runs[0].evaluations)[1:]:
         loss = fmean(_loss(run, step) for run in runs)
         beside = fmean(_loss(run, step) for run in first) if panel.y == "difference" else 0.0
-        points.append((step if panel.x == "step" else fmean(run.seconds(step) for run in runs), loss - beside))
+        points.append((step if panel.x == "step" else fmean(run.updates(step) for run in runs), loss - beside))
     return points
 
 

@@ -123,7 +123,7 @@ def test_figures_of_a_run() -> None:
     shared = Recipe.model_validate(
         {"model": {"preset": "m6-tiny", "share_layers": True}, "steps": 1, "global_batch": 1, "tasks": {"poem": 1}}
     ).model_shape()
-    assert result.updates == 8 * (shape.parameter_counts().total + shared.parameter_counts().total)
+    assert result.updates(16) == 8 * (shape.parameter_counts().total + shared.parameter_counts().total)
 
 
 def test_tables_and_plots() -> None:
@@ -135,7 +135,7 @@ def test_tables_and_plots() -> None:
     text = tables(results, [("a", "b")])
     assert "| a | 2.562 ± 0.707 | 3.500 ± 0.707 |" in text
     assert "| a − b | +1.000 ± 0.000 | +1.000 ± 0.000 | +1.000 ± 0.000 | +1.000 ± 0.000 |" in text
-    panels = [Panel("cv", "step", "load_cv", ("a",)), Panel("loss & more", "seconds", "difference", ("a", "b"))]
+    panels = [Panel("cv", "step", "load_cv", ("a",)), Panel("loss & more", "updates", "difference", ("a", "b"))]
     root = ElementTree.fromstring(drawn(panels, results))
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"cv", "loss & more", "a", "b"} <= set(words)
