@@ -18,20 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
-
-import numpy as np
 
 from benchmarks.study_results import Panel, Result, drawn, tables
 from launch.checkpoints import delink_run
-from training import delink
 from training.recipe import load_recipe
 from training.run import CHECKPOINTS, FOLDER, RECIPE
-from training.tensor_files import HashedFile, SavedSlice, slices_head
 from training.tracking import read_json, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +42,7 @@ class Contender:
     name: str
     changes: tuple[str, ...] = ()
     delinked_at: float = 0.0
-    moments: str = "clone"  # Adam's: also `reset`, or `scale` (see `scaled_moments`)
+    moments: str = "clone"  # Adam's, when its layers are delinked
 
 
 @dataclass(frozen=True)
@@ -228,40 +221,15 @@ class Laboratory:
     def _delink(self, contender: Contender, seed: int) -> None:
         """The beginning of the contender's run: PSEUDO's checkpoint of the step, its layers with a copy each."""
         source, step = self.run(PSEUDO, seed), int(contender.delinked_at * self.steps)
-        layers = load_recipe(source / RECIPE).model_shape().layers
-        scaled = scaled_moments(layers) if contender.moments == "scale" else contextlib.nullcontext()
-        moments = "reset" if contender.moments == "reset" else "clone"
         quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-        with contextlib.chdir(self.folder), scaled, quiet[0], quiet[1]:
-            delink_run(source.name, (), self.run(contender, seed).name, step, moments)
+        with contextlib.chdir(self.folder), quiet[0], quiet[1]:
+            delink_run(source.name, (), self.run(contender, seed).name, step, contender.moments)
 
 
 def _processor_seconds() -> float:
     """Of all processes that were waited for: where other work takes its turns, a better clock than the time of day."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-@contextlib.contextmanager
-def scaled_moments(layers: int) -> Iterator[None]:
-    """Delink with moments that fit one layer's gradient, where the shared layer's are of the sum over its L uses.
-
-    If the uses' gradients were equal, each was 1 / L of the sum: the first moment over L, the second over L squared.
-    """
-    scale = {"exp_avg": 1 / layers, "exp_avg_sq": 1 / layers**2}
-
-    def write_file(path: Path, own: list[tuple[str, SavedSlice]], advance: Callable[[int], object]) -> dict[str, Any]:
-        with HashedFile(path) as file:
-            file.write(slices_head((key, piece.offset, piece.numel) for key, piece in own))
-            for key, piece in own:
-                factor = scale.get(key.rpartition(".")[2], 1) if key.startswith("layers.") else 1
-                for data in delink._values(piece):
-                    file.write((np.frombuffer(data, np.float32) * np.float32(factor)).tobytes())
-                    advance(len(data))
-        return file.facts()
-
-    with mock.patch.object(delink, "_write_file", write_file):
-        yield
 
 
 if __name__ == "__main__":

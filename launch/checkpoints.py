@@ -88,7 +88,7 @@ def export_run(
 def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None, moments: str | None) -> None:
     """Give each layer of a run that shares one its own weights, as the beginning of the run `name`. Raises UserError.
 
-    `run` and `step` as of `export_run`; `overrides` are of the recipe; `moments`: clone, reset, or None: by the recipe.
+    `run` and `step` as of `export_run`; `overrides` are of the recipe; `moments`: clone, scale, reset, or None: the recipe's.
     """
     from training.data.order import row_counts
     from training.delink import plan, write_run
@@ -102,7 +102,7 @@ def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None
         shared = parse_recipe(manifest.get("recipe", {}), [], str(path))
         recipe = parse_recipe(shared.delinked().model_dump(mode="json"), list(overrides), str(path))
         row_counts(recipe.tasks, recipe.global_batch, recipe.block)  # told here, not when it is to go on
-        planned = plan(path, manifest, recipe, (moments or shared.delink.moments) == "reset")
+        planned = plan(path, manifest, recipe, moments or shared.delink.moments)
         with _bars() as bars:
             verified = _verified(path, bars)
             if verified and verified.problems:

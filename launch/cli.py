@@ -152,8 +152,9 @@ def export(run: str, step: int | None, target: Path | None, dtype: str, shard_si
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step; the newest if not given.")
 @click.option(
     "--moments",
-    type=click.Choice(["clone", "reset"]),
-    help="Adam's: those of the shared layer for every layer, or all begin anew; by the recipe's `delink` if not given.",
+    type=click.Choice(["clone", "scale", "reset"]),
+    help="Adam's: those of the shared layer for every layer; scaled to one use's gradient; or all begin anew. By the "
+    "recipe's `delink` if not given.",
 )
 def delink(run: str, overrides: tuple[str, ...], name: str, step: int | None, moments: str | None) -> None:
     """Give each layer of a run that shared one (model.share_layers) its own weights, in a new run to go on with.

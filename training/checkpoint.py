@@ -229,7 +229,7 @@ def delink(path: Path, recipe: Recipe, get_on: Callable[[], object]) -> None:
 
 
 def _delink(path: Path, recipe: Recipe, get_on: Callable[[], object]) -> None:
-    planned = delinking.plan(path, read_manifest(path), recipe.delinked(), recipe.delink.moments == "reset")
+    planned = delinking.plan(path, read_manifest(path), recipe.delinked(), recipe.delink.moments)
     on_first_rank(lambda: delinking.begin(planned, path.parent))
     partial = delinking.partial_of(planned, path.parent)
     own: dict[str, dict[str, Any]] = {}

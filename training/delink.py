@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.filesize import decimal
 
@@ -26,7 +27,7 @@ from training.run import CHECKPOINTS, RECIPE
 from training.tensor_files import ELEMENT, HashedFile, SavedSlice, saved_slices, slices_head
 
 PIECE = 16 * 2**20  # bytes that are copied at once
-SHARED, MASTER = "layers.0.", ".master"
+LAYERS, SHARED, MASTER = "layers.", "layers.0.", ".master"
 METRICS = "metrics.jsonl"
 
 
@@ -37,6 +38,7 @@ class Delinking:
     recipe: Recipe  # with which training goes on
     manifest: dict[str, Any]  # of the new checkpoint, but for its files
     files: dict[str, list[tuple[str, SavedSlice]]]  # keys, and where the values of each are to be had
+    scales: dict[str, float]  # of the layers' states, by kind: what they are multiplied by
 
     @property
     def bytes(self) -> int:
@@ -67,12 +69,14 @@ def is_delinked(manifest: dict[str, Any]) -> bool:
     return not parse_recipe(manifest.get("recipe", {}), [], "the manifest").model_shape().share_layers
 
 
-def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, reset: bool) -> Delinking:
+def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, moments: str) -> Delinking:
     """How to delink the checkpoint `path`; `recipe` is that with which training goes on.
 
-    `reset`: Adam's moments begin anew; else each layer has those of the shared one. Raises UserError if layers are not
-    shared, or the recipe is of another model.
+    `moments`: Adam's begin anew (reset), are those of the shared layer (clone), or those scaled to one layer's gradient
+    (scale), where the shared layer's was the sum over its L uses: the first over L, the second over L squared. Raises
+    UserError if layers are not shared, or the recipe is of another model.
     """
+    reset = moments == "reset"
     earlier = parse_recipe(manifest.get("recipe", {}), [], str(path))
     was = earlier.model_shape()
     if not was.share_layers:
@@ -94,7 +98,9 @@ def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, reset: bool) -> D
         "safeguard": manifest.get("safeguard", {}) | {"passed_over": _passed(position, manifest["step"], recipe)},
         "evaluation_due": True,  # which shows that nothing has changed yet
     }
-    return Delinking(recipe, {key: value for key, value in (manifest | settled).items() if key != "files"}, files)
+    scales = {"exp_avg": 1 / was.layers, "exp_avg_sq": 1 / was.layers**2} if moments == "scale" else {}
+    kept = {key: value for key, value in (manifest | settled).items() if key != "files"}
+    return Delinking(recipe, kept, files, scales)
 
 
 def partial_of(plan: Delinking, checkpoints: Path) -> Path:
@@ -115,7 +121,7 @@ def write_files(
     plan: Delinking, partial: Path, names: Sequence[str], advance: Callable[[int], object]
 ) -> dict[str, dict[str, Any]]:
     """Write some of the plan's files: their sizes and checksums. `advance` is told of bytes. Raises OSError."""
-    return {name: _write_file(partial / name, plan.files[name], advance) for name in names}
+    return {name: _write_file(partial / name, plan.files[name], plan.scales, advance) for name in names}
 
 
 def finish(plan: Delinking, partial: Path, files: dict[str, dict[str, Any]]) -> Path:
@@ -174,13 +180,16 @@ def _passed(position: int, step: int, recipe: Recipe) -> int:
     return -(-position // recipe.global_batch) - step
 
 
-def _write_file(path: Path, own: list[tuple[str, SavedSlice]], advance: Callable[[int], object]) -> dict[str, Any]:
+def _write_file(
+    path: Path, own: list[tuple[str, SavedSlice]], scales: dict[str, float], advance: Callable[[int], object]
+) -> dict[str, Any]:
     """Size and checksum of the file."""
     with HashedFile(path) as file:
         file.write(slices_head((key, piece.offset, piece.numel) for key, piece in own))
-        for _, piece in own:
+        for key, piece in own:
+            scale = scales.get(key.rpartition(".")[2]) if key.startswith(LAYERS) else None
             for data in _values(piece):
-                file.write(data)
+                file.write((np.frombuffer(data, "<f4") * np.float32(scale)).tobytes() if scale else data)
                 advance(len(data))
     return file.facts()
 

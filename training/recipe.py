@@ -123,7 +123,7 @@ class Delink(Section):
     after: int = Field(0, ge=0)  # steps; 0: not for their number
     flat: float = Field(0.0, ge=0, lt=1)  # once the mean loss falls by less than this share; 0: not for the loss
     window: int = Field(50, ge=1)  # steps, whose mean loss is compared with that of as many before
-    moments: Literal["clone", "reset"] = "clone"  # Adam's
+    moments: Literal["clone", "scale", "reset"] = "clone"  # Adam's
     then: dict[str, Any] = {}  # keys of the recipe that are others from then on, e.g. {global_batch: 64}
 
     @property

@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
 from benchmarks import studies
 from benchmarks.studies import PSEUDO, REAL, STUDIES, TOP1, Laboratory
 from benchmarks.study_results import Panel, Result, drawn, paired, tables
-from launch.checkpoints import delink_run
 from model.config import PRESETS
-from tests.training.made_checkpoint import make_checkpoints, make_recipe
-from training.checkpoint_files import problems, read_manifest
-from training.data.corpus import Corpus
 from training.recipe import Recipe, load_recipe
-from training.tensor_files import saved_slices
 
 LAYERS = 3
 
@@ -139,28 +133,3 @@ def test_tables_and_plots() -> None:
     root = ElementTree.fromstring(drawn(panels, results))
     words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"cv", "loss & more", "a", "b"} <= set(words)
-
-
-def test_moments_are_scaled_for_the_layers_that_shared_alone(
-    sample_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_checkpoints(
-        tmp_path / "shared" / "checkpoints", make_recipe(sample_corpus, share_layers=True), sample_corpus, 4
-    )
-    monkeypatch.chdir(tmp_path)
-    delink_run("shared", (), "cloned", None, "clone")
-    with studies.scaled_moments(LAYERS):
-        delink_run("shared", (), "scaled", None, "clone")
-    cloned, scaled = (values_of(tmp_path / "runs" / name / "checkpoints" / "step-4") for name in ("cloned", "scaled"))
-    assert problems(tmp_path / "runs" / "scaled" / "checkpoints" / "step-4") == []
-    assert cloned.keys() == scaled.keys()
-    for key, values in cloned.items():
-        factor = LAYERS if key.startswith("layers.") and key.endswith(".exp_avg") else 1
-        np.testing.assert_allclose(scaled[key], values / factor, rtol=1e-6, err_msg=key)
-
-
-def values_of(path: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for key, pieces in saved_slices(path, read_manifest(path)["files"]).items():
-        found[key] = np.concatenate([np.fromfile(p.file, np.float32, p.numel, offset=p.start) for p in pieces])
-    return found

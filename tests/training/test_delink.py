@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,6 +116,28 @@ def test_what_is_written(shared: Any) -> None:
     before = saved_slices(folder / "shared" / "checkpoints" / f"step-{STEP}", ["rank-00000.safetensors"])
     after = saved_slices(path, ["rank-00000.safetensors"])
     assert {key.replace("layers.2.", "layers.0.") for key in after if not key.startswith("layers.1.")} == set(before)
+
+
+def test_moments_are_scaled_for_the_layers_that_shared_alone(
+    sample_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe(sample_corpus, share_layers=True)
+    make_checkpoints(tmp_path / "run" / "checkpoints", recipe, sample_corpus, 4)
+    found = {}
+    for moments in ("clone", "scale"):
+        delink_run("run", (), moments, None, moments)
+        path = tmp_path / "runs" / moments / "checkpoints" / "step-4"
+        assert problems(path) == []
+        found[moments] = {
+            key: np.concatenate([np.fromfile(p.file, "<f4", p.numel, offset=p.start) for p in pieces])
+            for key, pieces in saved_slices(path, read_manifest(path)["files"]).items()
+        }
+    layers = recipe.model_shape().layers
+    for key, cloned in found["clone"].items():
+        kind = key.rpartition(".")[2] if key.startswith("layers.") else ""
+        scale = {"exp_avg": 1 / layers, "exp_avg_sq": 1 / layers**2}.get(kind, 1)
+        np.testing.assert_allclose(found["scale"][key], cloned * scale, rtol=1e-6, err_msg=key)
 
 
 def test_a_delinked_model_is_the_shared_one(
