@@ -440,6 +440,44 @@ def rehearse(
 
 
 @m6.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--model", help="A preset (see m6 models), or a recipe: launch/recipes/*.yaml.")
+@click.option("--cluster", help="A name in launch/clusters, or a file like those.")
+@click.option("--ds-config", help="The ds_config that will run; the recipe's if not given.")
+@click.option("--tokens", type=click.FloatRange(min=1), help="Trained on; a recipe's steps, or a billion, if not given.")
+@click.option("--delinked", is_flag=True, help="The recipe's training after its layers were delinked.")
+@click.option("--search", is_flag=True, help="Find the cheapest settings that fit, and say why the rest lost.")
+@click.option("--explain", metavar="KEY", help="Show a term's formula with the numbers put in, such as step.seconds.")
+@click.option("--validate", type=PATH, metavar="CSV", help="Score the planner against published measurements instead.")
+@JSON
+def plan(
+    overrides: tuple[str, ...],
+    model: str | None,
+    cluster: str | None,
+    ds_config: str | None,
+    tokens: float | None,
+    delinked: bool,
+    search: bool,
+    explain: str | None,
+    validate: Path | None,
+    as_json: bool,
+) -> None:
+    """Will it fit, how fast is it, how long does it take, how many kWh, at what cost: m6-1t on 480 V100, say.
+
+    KEY=VALUE overrides any key of the recipe, such as global_batch=3840 or ds.m6.recompute=true.
+    """
+    from launch.plan import Request, plan_training, plan_validation
+
+    request = Request(model, cluster, ds_config, tokens, overrides, delinked)
+    if validate:
+        plan_validation(validate, as_json)
+    elif search:
+        plan_search(request, as_json)
+    else:
+        plan_training(request, as_json, explain)
+
+
+@m6.command()
 def models() -> None:
     """The model presets: shapes, parameters, and the totals that were published."""
     from launch.models import show_models

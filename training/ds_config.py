@@ -189,21 +189,22 @@ def default_path(gpus: int) -> Path:
     return FOLDER / ("cpu-offload.json" if not gpus else "gpu-1.json" if gpus == 1 else "gpu-8.json")
 
 
-def resolve(recipe: Recipe, world: int, gpus: int, swap: Path) -> DSConfig:
+def resolve(recipe: Recipe, world: int, gpus: int, swap: Path, here: bool = True) -> DSConfig:
     """Read the recipe's ds_config, check it against the recipe and `world` ranks, fill in what is derived.
 
-    `gpus`: GPUs of this node (0: CPU only); `swap`: folder for `nvme_path: auto`. Raises UserError.
+    `gpus`: GPUs of a node (0: CPU only); `swap`: folder for `nvme_path: auto`; `here`: the job is to run on this
+    machine, whose tools and disks are checked, too. Raises UserError.
     """
     path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)
     values = _merge(read_mapping(path), recipe.ds)
     try:
-        return _resolve(values, recipe, world, gpus, swap)
+        return _resolve(values, recipe, world, gpus, swap, here)
     except UserError as error:
         source = f"{path} with the changes of ds" if recipe.ds else path
         raise UserError(f"{source}: {one_line(str(error))}") from None
 
 
-def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap: Path) -> DSConfig:
+def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap: Path, here: bool) -> DSConfig:
     values = _checked(values)
     zero = values.get("zero_optimization", {})
     if zero.get("stage") != 3:
@@ -221,8 +222,9 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
     elements = Elements.of(model, parallel, world)
     placed = _placement(zero, block.get("offload", {}), model, elements, sizes, gpus)
     tiers = {name: zero.get(name, {}).get("device", "none") for name in BLOCKS.values()}
-    _check_tools(tiers, gpus)
-    _resolve_nvme(zero, placed.bytes(elements, sizes)[NVME], model, parallel, world, swap)
+    if here:
+        _check_tools(tiers, gpus)
+    _resolve_nvme(zero, placed.bytes(elements, sizes)[NVME], model, parallel, world, swap, here)
     if tiers["offload_optimizer"] != "none":
         # Swap buffers are as large as the largest sub-group, which else would be a rank's whole share. A sub-group ends
         # as soon as it is large enough to be swapped at all: with one weight, or several small ones. In CPU memory too,
@@ -420,7 +422,13 @@ def _optimizer(recipe: Recipe, tier: str) -> dict[str, Any]:
 
 
 def _resolve_nvme(
-    zero: dict[str, Any], needed: Mapping[str, int], model: ModelConfig, parallel: int, world: int, swap: Path
+    zero: dict[str, Any],
+    needed: Mapping[str, int],
+    model: ModelConfig,
+    parallel: int,
+    world: int,
+    swap: Path,
+    here: bool,
 ) -> None:
     """Fill in `auto` paths and buffers, and refuse what cannot hold the job. `needed`: bytes of a rank by kind."""
     total = 0
@@ -432,7 +440,8 @@ def _resolve_nvme(
             zero[name]["nvme_path"] = str(swap)
         else:
             zero[name]["nvme_path"] = str(Path(zero[name]["nvme_path"]) / _own_folder(swap))
-        _check_folder(name, Path(zero[name]["nvme_path"]), total)
+        if here:
+            _check_folder(name, Path(zero[name]["nvme_path"]), total)
     if zero.get("offload_param", {}).get("device") == "nvme":
         if world == 1 and (model.layers == 1 or model.share_layers):
             # "already assigned swap buffer": the next layer's prefetch is the layer itself.

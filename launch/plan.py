@@ -1,0 +1,207 @@
+"""`m6 plan`: will it fit, how long does it take, and what does it burn; and how far such answers are to be trusted."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.planner.cluster import load_cluster
+from launch.planner.plan import PARTS, TIERS, Plan, as_json, make_plan
+from launch.planner.terms import Term
+from launch.planner.validation import constants, predict, read_rows, score
+from launch.planner.workload import Work, load_work
+from training.errors import UserError
+
+DIGITS = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned, as it was typed."""
+
+    model: str | None
+    cluster: str | None
+    ds_config: str | None
+    tokens: float | None
+    overrides: Sequence[str]
+    delinked: bool
+
+    def work(self) -> Work:
+        """Raises UserError."""
+        for name, value in (("--model", self.model), ("--cluster", self.cluster)):
+            if not value:
+                raise UserError(f"{name} is missing: a plan needs a model, a cluster and a ds_config")
+        assert self.model and self.cluster
+        cluster = load_cluster(self.cluster)
+        return load_work(self.model, cluster, self.ds_config, self.tokens, self.overrides, self.delinked)
+
+
+def plan_training(request: Request, as_json_text: bool, explained: str | None) -> None:
+    """Print a plan, or how one of its terms came about. Raises UserError."""
+    made = make_plan(request.work())
+    if explained:
+        print(explanation(made, explained))
+    elif as_json_text:
+        print(json.dumps(as_json(made), indent=1, ensure_ascii=False))
+    else:
+        show(made, Console())
+
+
+def explanation(made: Plan, key: str) -> str:
+    """The formula of a term and of all that go into it, with the numbers put in. Raises UserError."""
+    key = ALIASES.get(key, key)
+    if key not in made.terms:
+        close = difflib.get_close_matches(key, made.terms, 3)
+        known = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(made.terms)}"
+        raise UserError(f"--explain {key}: the plan has no such term; {known}")
+    return "\n".join(_explained(made.terms[key], 0, set()))
+
+
+ALIASES = {"memory": "memory.device_bytes", "step": "step.seconds", "energy": "energy.kwh"}
+
+
+def _explained(term: Term, depth: int, seen: set[str]) -> list[str]:
+    indent = "  " * depth
+    if term.key in seen:
+        return [f"{indent}{term.key}: as above"]
+    seen.add(term.key)
+    numbers = ", ".join(f"{name}={float(value):.6g}" for name, value in term.inputs.items())
+    lines = [f"{indent}{term.key} = {term.value:.6g} {term.unit}", f"{indent}  = {term.formula}"]
+    lines += [f"{indent}  with {numbers}"] if numbers else []
+    lines += [f"{indent}  ({term.source})"] if term.source else []
+    for value in term.inputs.values():
+        if isinstance(value, Term):
+            lines += _explained(value, depth + 1, seen)
+    return lines
+
+
+def show(made: Plan, console: Console) -> None:
+    """The plan as tables."""
+    work, terms = made.work, made.terms
+    model, layout = work.config.model, work.job.layout
+    console.print(
+        f"{model.layers} layers, hidden {model.hidden}, {model.experts} experts: "
+        f"{number(terms['parameters.total'].value)} parameters, {number(terms['parameters.active'].value)} active"
+        f"{' (layers share their weights)' if model.share_layers else ''}\n"
+        f"{layout.devices} x {work.cluster.device.name}, ep {layout.ep}, micro-batch {layout.micro_batch} rows x "
+        f"{layout.micro_batches}, {number(work.job.tokens)} positions a step\n"
+        f"weights on {work.config.placement.parameters}; optimizer on {work.config.placement.optimizer}; "
+        f"{work.config.precision}"
+    )
+    for table in (_memory(made), _step(made), _whole(made)):
+        console.print()
+        console.print(table)
+    console.print()
+    console.print("It fits." if made.fits else "It does not fit:")
+    for limit in made.limits:
+        console.print(f"  {limit}")
+    for remark in made.remarks:
+        console.print(f"Note: {remark}.")
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    return table
+
+
+def _memory(made: Plan) -> Table:
+    machine = made.work.cluster.hardware
+    there = {"device": machine.device_bytes, "cpu": machine.host_bytes, "nvme": machine.disk_bytes}
+    heads = {"device": "device_bytes", "cpu": "host_bytes_per_node", "nvme": "nvme_bytes_per_node"}
+    names = {"device": "device, the fullest", "cpu": "host, a node", "nvme": "NVMe, a node"}
+    table = _table("memory", "GB", "low", "high", "there")
+    for tier in TIERS:
+        total = made.estimate(f"memory.{heads[tier]}")
+        table.add_row(names[tier], *(gigabytes(total[name]) for name in total), gigabytes(there[tier]))
+        for name, term in made.terms.under(f"memory.{tier}").items():
+            if term.value:
+                table.add_row(f"  {name}", gigabytes(term.value))
+    return table
+
+
+def _step(made: Plan) -> Table:
+    table = _table("step", "s", "low", "high")
+    whole = made.estimate("step.seconds")
+    table.add_row("a step", *(number(whole[name]) for name in whole))
+    for name in PARTS:
+        each = " (a micro-batch)" if "micro-batch" in made.terms[f"step.{name}"].unit else ""
+        if made.terms[f"step.{name}"].value:
+            table.add_row(f"  {name}{each}", number(made.terms[f"step.{name}"].value))
+    return table
+
+
+def _whole(made: Plan) -> Table:
+    table = _table(f"{number(made.work.tokens)} tokens", "", "low", "high", "")
+    table.add_row(*_line(made, "tokens_per_second", "tokens a second"))
+    table.add_row(*_line(made, "flops_utilization", "of peak", 100, "%"))
+    table.add_row(*_line(made, "days", "days, training alone"))
+    table.add_row(*_line(made, "energy.kwh", "energy", 1, "kWh"))
+    for name in ("compute", "host", "switches", "overhead"):
+        label = "cooling and supply (PUE)" if name == "overhead" else name
+        table.add_row(*_line(made, f"energy.{name}", f"  {label}", 1, "kWh"))
+    table.add_row(*_line(made, "energy.joules_per_token", "  of a token", 1, "J"))
+    table.add_row(*_line(made, "co2e_kg", "CO2e", 1, "kg"))
+    table.add_row(*_line(made, "cost", "cost", 1, made.work.cluster.price.currency))
+    table.add_row(*_line(made, "checkpoint.bytes", "a checkpoint", 1e-9, "GB"))
+    table.add_row(*_line(made, "checkpoint.save_seconds", "  written in", 1, "s"))
+    for name, term in made.terms.under("effective").items():
+        table.add_row(f"training, {name.replace('_', ' ')} of failures", f"{term.value:.1%}")
+    return table
+
+
+def _line(made: Plan, key: str, label: str, factor: float = 1.0, unit: str = "") -> list[str]:
+    found = made.estimate(key)
+    return [label, *(number(found[name] * factor) for name in ("value", "low", "high")), unit]
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f}"
+
+
+def number(value: float) -> str:
+    """Three digits: 1.00 T, 12.3 B, 456 M, 7,890, 0.123."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if abs(value) >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{DIGITS}g}"
+
+
+
+def plan_validation(path: Path, as_json_text: bool) -> None:
+    """Score predictions against the published measurements of a table. Raises UserError."""
+    predictions = [predict(row) for row in read_rows(path)]
+    groups = score(predictions)
+    if as_json_text:
+        rows = [asdict(row) | {"error": row.error} for row in predictions]
+        found = {"groups": {name: asdict(g) for name, g in groups.items()}, "constants": constants(), "rows": rows}
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    table = _table("group", "rows", "expressible", "mean error", "max error", "bias", "skill")
+    for name, group in groups.items():
+        errors = (group.mean_abs_error, group.max_abs_error)
+        table.add_row(
+            name, str(group.rows), str(group.expressible), *(_percent(error) for error in errors),
+            _percent(group.bias, "+"), "-" if group.skill is None else f"{group.skill:.2f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(f"\n{sum(g.expressible for g in groups.values())} of {len(predictions)} rows are expressible; of the rest:")
+    for row in predictions:
+        if row.predicted is None:
+            console.print(f"  {row.id}: {row.reason}")
+    console.print("\nFitted, as shares of the peaks on the data sheet:")
+    for name, values in constants().items():
+        numbers = ", ".join(f"{key} {value}" for key, value in values.items() if key != "rows")
+        console.print(f"  {name}: {numbers}; by {values['rows']}")
+
+
+def _percent(share: float | None, sign: str = "") -> str:
+    return "-" if share is None else f"{share:{sign}.1%}"

@@ -1,0 +1,140 @@
+"""Cluster files, `launch/clusters/*.yaml`: what a plan needs to know of a cluster, typed and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from launch.planner.hardware import Hardware
+from training.errors import UserError
+from training.recipe import Section, parse_settings, read_mapping
+
+FOLDER = Path(__file__).resolve().parent.parent / "clusters"
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=10**6, strict=True)]
+
+
+class Device(Section):
+    name: str
+    memory_bytes: Positive
+    memory_bytes_per_second: Positive
+    peak_flops: dict[str, Positive]  # by precision, of dense products
+
+    @model_validator(mode="after")
+    def _multiplies(self) -> Device:
+        if not self.peak_flops.keys() & {"fp16", "bf16", "fp32"}:
+            raise ValueError("peak_flops: must have bf16, fp16 or fp32")
+        return self
+
+
+class Links(Section):
+    """Bytes a second in one direction."""
+
+    inside_node: Positive  # a device
+    between_nodes: Positive  # a node
+    host_to_device: Positive  # a device
+    host_to_devices: Positive | None = None  # a node, all devices at once; as many times a device's if not known
+
+
+class Host(Section):
+    memory_bytes: Positive
+    memory_bytes_per_second: Positive
+
+
+class Disks(Section):
+    """A node's, all together. Rates that are not known are taken to be `ASSUMED_DISK_RATE`."""
+
+    bytes: Annotated[float, Field(ge=0)]
+    read_bytes_per_second: Positive | None = None
+    write_bytes_per_second: Positive | None = None
+
+
+class Power(Section):
+    device_watts: Positive
+    node_watts: Positive  # while training, host and devices
+    switch_watts: Annotated[float, Field(ge=0)] = 0.0  # a node's share of the switches
+
+    @model_validator(mode="after")
+    def _covers_its_devices(self) -> Power:
+        if self.node_watts < self.device_watts:
+            raise ValueError(f"node_watts={self.node_watts:g}: is less than one device's {self.device_watts:g}")
+        return self
+
+
+class Price(Section):
+    per_device_hour: Annotated[float, Field(ge=0)]
+    currency: str
+    date: int | str
+
+
+class Failures(Section):
+    """Default: Llama 3's 419 unexpected interruptions in 54 days of 16,384 H100 (arXiv 2407.21783, section 3.3.4)."""
+
+    per_device_day: Annotated[float, Field(ge=0, le=1)] = 4.7e-4
+    restart_seconds: Positive = 600.0  # until training goes on; assumed
+
+
+class Cluster(Section):
+    nodes: Count
+    devices_per_node: Count
+    device: Device
+    links: Links
+    host: Host
+    disks: Disks
+    power: Power
+    price: Price
+    pue: Annotated[float, Field(ge=1, le=5)]
+    grid_g_co2e_per_kwh: Annotated[float, Field(ge=0, le=2000)]
+    failures: Failures = Failures()
+
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def hardware(self) -> Hardware:
+        device, links, disks = self.device, self.links, self.disks
+        read = disks.read_bytes_per_second or disks.write_bytes_per_second or ASSUMED_DISK_RATE
+        return Hardware(
+            device.name, self.devices, self.devices_per_node, device.memory_bytes, device.memory_bytes_per_second,
+            device.peak_flops, links.inside_node, links.between_nodes, links.host_to_device,
+            links.host_to_devices or links.host_to_device * self.devices_per_node, self.host.memory_bytes,
+            self.host.memory_bytes_per_second, disks.bytes, read, disks.write_bytes_per_second or read / 2,
+            self.power.device_watts, self.power.node_watts, self.power.switch_watts,
+        )  # fmt: skip
+
+    @property
+    def assumed(self) -> list[str]:
+        """What the file leaves open, and what the plan takes it to be."""
+        found, hardware = [], self.hardware
+        if self.links.host_to_devices is None:
+            found.append("links.host_to_devices is unknown: taken as all devices' own rates together")
+        if self.disks.read_bytes_per_second is None:
+            found.append(f"disks.read_bytes_per_second is unknown: taken as {hardware.disk_read:.3g}")
+        if self.disks.write_bytes_per_second is None:
+            found.append(f"disks.write_bytes_per_second is unknown: taken as {hardware.disk_write:.3g}, half of reading")
+        if not device_known(hardware):
+            found.append(f"device {self.device.name}: of no fitted family, its shares of peak are guessed")
+        return found
+
+
+ASSUMED_DISK_RATE = 6e9  # bytes a second: two NVMe disks of the fourth generation of PCIe
+
+
+def device_known(hardware: Hardware) -> bool:
+    return bool(hardware.family.fitted_by)
+
+
+def load_cluster(name: str) -> Cluster:
+    """A cluster file, by its path or by its name in `launch/clusters`. Raises UserError."""
+    path = Path(name)
+    if not path.suffix:
+        path = FOLDER / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+            raise UserError(f"--cluster {name}: no such cluster; known: {known}, or give a file")
+    values: dict[str, Any] = read_mapping(path)
+    return parse_settings(Cluster, values, [], str(path))

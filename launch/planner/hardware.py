@@ -1,0 +1,86 @@
+"""What a job runs on: devices, nodes, links, and how much of each number on a data sheet is reached.
+
+Three constants a family of devices are fitted, to the rows of `benchmarks/calibration.csv` that `m6 plan --validate`
+lists; all else here is published, or said to be an assumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """The fitted constants: shares that are reached of the peaks on the data sheet.
+
+    matmul: of the matrix units' peak, in large products; memory: of the device memory's bandwidth, over all that is
+    read and written besides; network: of the links between nodes, in collectives.
+    """
+
+    matmul: float
+    memory: float
+    network: float
+    fitted_by: str  # groups of rows
+
+
+# An NVLink collective's share of the link's peak. Assumed, for tens of megabytes; large ones reach 0.8.
+LINK_SHARE = 0.65
+# Host links and host memory reach about as much of their peaks in large copies. Assumed.
+HOST_SHARE = 0.8
+
+FAMILIES = {
+    "V100": Family(0.69, 0.90, 0.41, "MLM20-V, ZINF, BSV"),
+    "A100": Family(0.79, 0.60, 0.45, "MLM21, MLM20-A, KOR, AZ, BSA, DSMOE"),
+    "H100": Family(0.54, 0.60, 0.65, "MCH100, MXTRL, Q235-1, BR-1, TT-2t"),
+    "B200": Family(0.90, 0.30, 0.30, "BR-2, BR-3"),
+}
+OTHER_FAMILY = Family(0.6, 0.6, 0.4, "")  # about the middle of the fitted ones
+
+
+def family(device: str) -> Family:
+    """The constants of a device by its name. H200 and H800 count as H100, GB200 as B200."""
+    name = device.upper()
+    if "H200" in name or "H800" in name:
+        return FAMILIES["H100"]
+    return next((found for word, found in FAMILIES.items() if word in name), OTHER_FAMILY)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster as the cost model sees it. Rates in bytes a second and one direction, powers in watts."""
+
+    device: str
+    devices: int
+    devices_per_node: int
+    device_bytes: float
+    device_bandwidth: float
+    peak_flops: Mapping[str, float]  # by precision, of dense products
+    link: float  # a device's, inside its node
+    network: float  # a node's, to other nodes
+    host_link: float  # a device's, to the host
+    host_links: float  # a node's, all devices copying at once
+    host_bytes: float  # a node's
+    host_bandwidth: float  # a node's memory
+    disk_bytes: float  # a node's
+    disk_read: float
+    disk_write: float
+    device_watts: float
+    node_watts: float  # while training, host and devices
+    switch_watts: float = 0.0  # a node's share of the switches
+
+    @property
+    def nodes(self) -> float:
+        return self.devices / self.devices_per_node
+
+    @property
+    def family(self) -> Family:
+        return family(self.device)
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of a precision; of the next wider one where the device has none such."""
+        wider = {"fp8": ("fp8", "bf16", "fp16"), "bf16": ("bf16", "fp16"), "fp16": ("fp16", "bf16")}
+        for name in (*wider.get(precision, ()), "fp32"):
+            if name in self.peak_flops:
+                return self.peak_flops[name]
+        raise KeyError(precision)

@@ -1,0 +1,147 @@
+"""What the fullest device, its host and its disks hold, component by component.
+
+Sources by number: [2] Korthikanti et al., arXiv 2205.05198, sections 4 and 5 (bytes of activations); [3] ZeRO,
+arXiv 1910.02054, section 5 (states); [4] ZeRO-Infinity, arXiv 2104.07857, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launch.planner.job import Job, Layout
+from launch.planner.terms import Term, Terms
+
+# What a process has on a device beyond its tensors: the driver's context, NCCL's buffers and library workspaces, and a
+# share of what is allocated that is lost between blocks. Fitted to BSA's peak memory and to ZCAP's capacities.
+CONTEXT_BYTES, FRAGMENTED = 2.5e9, 0.05
+HOST_PROCESS_BYTES = 4e9  # of a rank: libraries, page-locked buffers, data. Assumed
+
+
+def add_states(terms: Terms, job: Job) -> Term:
+    """Terms `memory.device.{weights,gradients,optimizer}` of a published job; returns their sum, in bytes."""
+    layout, here = job.layout, parameters_here(job)
+    replicas = layout.dp if layout.ep == 1 else layout.devices / (layout.pp * layout.tp)
+    source = "[3] section 5: stage 1 shares optimizer states, 2 gradients, 3 weights"
+    parts = [
+        terms.add(
+            f"memory.device.{name}", "on_device * bytes * parameters / shared", "B", source, on_device=on_device,
+            bytes=size, parameters=here, shared=replicas if layout.zero >= stage else 1,
+        )
+        for name, size, stage, on_device in (
+            ("weights", layout.weight_bytes, 3, layout.parameters.device),
+            ("gradients", layout.gradient_bytes, 2, layout.optimizer.device),
+            ("optimizer", layout.state_bytes, 1, layout.optimizer.device),
+        )
+    ]  # fmt: skip
+    return terms.total("memory.states", "B", parts)
+
+
+def parameters_here(job: Job) -> float:
+    """Of the fullest device before ZeRO shares them out: its stage's, its experts', and all that is in no layer."""
+    shape, layout = job.shape, job.layout
+    outside = shape.head if layout.pp > 1 else shape.outside
+    layers = shape.layers * shape.common / layout.pp + outside
+    return layers / layout.tp + shape.all_experts / (layout.pp * max(layout.ep, 1))
+
+
+def add_activations(terms: Terms, job: Job, mode: str = "") -> Term:
+    """Terms of what the passes hold, by [2]; `mode` in place of the layout's recomputation and sequence parallelism."""
+    shape, layout = job.shape, job.layout
+    mode = mode or layout.recompute + ("+seqpar" if layout.sequence_parallel else "")
+    each = stored_bytes(mode, fused=shape.fused_attention)
+    terms.add(
+        "memory.stored", each, "B a position, hidden unit and layer", "[2] equations 1 to 4, section 5", width=shape.width, tp=layout.tp,
+        heads=shape.heads, seq=shape.seq, hidden=shape.hidden,
+    )  # fmt: skip
+    return terms.add(
+        "memory.device.activations", "tokens * layers * (hidden * stored * size / 2 + kept_rows) * schedule", "B",
+        "[2] section 4.2.3: the first stage holds as many micro-batches as there are stages", tokens=job.micro_tokens,
+        hidden=shape.hidden, layers=shape.layers / layout.pp * min(layout.pp, layout.micro_batches),
+        stored=terms["memory.stored"], size=layout.weight_bytes,
+        kept_rows=0 if "full" in mode else layout.weight_bytes * shape.rows * (2 * shape.hidden + 2 * shape.ffn),
+        schedule=1 + (layout.pp - 1) / (layout.pp * layout.chunks) if layout.chunks > 1 else 1.0,
+    )  # fmt: skip
+
+
+def stored_bytes(mode: str, fused: bool) -> str:
+    """The formula of [2], table 2, for a mode such as `selective+seqpar`."""
+    scores = "" if "selective" in mode or fused else " + 5 * heads * seq / (hidden * tp)"
+    if mode == "selective" and fused:  # there are no scores to leave out: every second layer is recomputed (torchtitan)
+        return "((18 + 4 * width) / tp + 2) / 2"
+    if "full" in mode:
+        return "2 / tp" if "seqpar" in mode else "2"
+    return f"(18 + 4 * width) / tp{scores}" if "seqpar" in mode else f"10 + (8 + 4 * width) / tp{scores}"
+
+
+def add_working(terms: Terms, job: Job) -> list[Term]:
+    """What is held for one layer at a time: its recomputed activations, its gathered weights; and the logits."""
+    shape, layout = job.shape, job.layout
+    whole = stored_bytes("seqpar" if layout.sequence_parallel else "none", shape.fused_attention)
+    layer = terms.add(
+        "memory.device.layer", f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn)",
+        "B", "[2] equation 1, of the layer in hand; rows at their experts, of width ffn",
+        recomputed=layout.recompute == "full", tokens=job.micro_tokens, hidden=shape.hidden, size=layout.weight_bytes,
+        width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, rows=shape.rows, ffn=shape.ffn,
+    )  # fmt: skip
+    gathered = terms.add(
+        "memory.device.gathered", "gathers * size * (max(layer, min(kept, layers * layer)) + layer)", "B",
+        "[4] section 3: a layer's weights and gradients are whole while it is computed; weights are kept up to a limit "
+        "(stage3_max_live_parameters)",
+        gathers=layout.zero >= 3, size=layout.weight_bytes, layer=shape.common / layout.tp + expert_layer(job),
+        kept=layout.kept, layers=shape.layers,
+    )  # fmt: skip
+    logits = terms.add(
+        "memory.device.logits", "(size + 4 + 4) * tokens * targets * vocab / tp", "B",
+        "logits, their fp32 copy and its gradient", size=layout.weight_bytes, tokens=job.micro_tokens,
+        targets=shape.targets, vocab=shape.vocab, tp=layout.tp,
+    )  # fmt: skip
+    bucket = terms.add(
+        "memory.device.bucket", "gathers * size * bucket", "B", "gradients on their way to be scattered (reduce_bucket_size)",
+        gathers=layout.zero >= 3, size=layout.weight_bytes, bucket=layout.bucket,
+    )  # fmt: skip
+    return [layer, gathered, logits, bucket]
+
+
+def expert_layer(job: Job) -> float:
+    """Parameters of one layer's experts on a device while it computes that layer."""
+    return job.shape.experts * job.shape.expert / max(job.layout.ep, 1)
+
+
+def add_device(terms: Terms, job: Job, states: Term) -> Term:
+    """Returns `memory.device_bytes`, of the fullest device."""
+    activations = add_activations(terms, job)
+    if not job.layout.activations.device:
+        activations = terms.add("memory.device.activations", "0", "B", "each layer's input is in host memory")
+    parts = [states, activations, *add_working(terms, job)]
+    tensors = terms.total("memory.tensors", "B", parts)
+    return terms.add(
+        "memory.device_bytes", "tensors * (1 + fragmented) + context", "B", "fitted to BSA and ZCAP", tensors=tensors,
+        fragmented=FRAGMENTED, context=CONTEXT_BYTES,
+    )  # fmt: skip
+
+
+def add_placed(terms: Terms, placed: Mapping[str, Mapping[str, int]], devices: int, buffer: int) -> Term:
+    """Terms of a run of ours, whose states are placed layer by layer: `placed`, bytes of a rank by tier and kind.
+
+    `devices`: of a node; `buffer`: host bytes of a rank that a save copies into. Returns the device's states.
+    """
+    source = "training/placement.py: layer by layer"
+    for tier in ("cpu", "nvme"):
+        for kind, size in placed[tier].items():
+            terms.add(f"memory.{tier}.{kind}", "devices * bytes", "B a node", source, devices=devices, bytes=size)
+    host = [*terms.under("memory.cpu").values()]
+    host.append(terms.add("memory.cpu.save", "devices * bytes", "B a node", "save_buffer", devices=devices, bytes=buffer))
+    host.append(
+        terms.add(
+            "memory.cpu.processes", "devices * bytes", "B a node", "libraries, page-locked buffers, data: assumed",
+            devices=devices, bytes=HOST_PROCESS_BYTES,
+        )
+    )  # fmt: skip
+    terms.total("memory.host_bytes_per_node", "B", host)
+    terms.total("memory.nvme_bytes_per_node", "B", [*terms.under("memory.nvme").values()])
+    for kind, size in placed["device"].items():
+        terms.add(f"memory.device.{kind}", "bytes", "B", source, bytes=size)
+    return terms.total(
+        "memory.states", "B", [terms[f"memory.device.{kind}"] for kind in placed["device"]]
+    )  # fmt: skip
+

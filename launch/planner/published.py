@@ -1,0 +1,270 @@
+"""Rows of published measurements as jobs: the columns of `benchmarks/calibration.csv`, and nothing by name.
+
+Configuration that the columns have no place for is read from `notes` where it stands there in plain terms
+(`mbs=4`, `recompute=full`, `vp 4`, `14.8T tokens`). What a row leaves open is filled by the habits of its time, below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from launch.planner.hardware import Hardware
+from launch.planner.job import Job, Layout, Recompute, Shape, Shares
+
+Row = Mapping[str, str]
+
+
+COLUMNS = (
+    "layers", "hidden", "ffn", "heads", "seq", "vocab", "experts", "top_k", "moe_every", "params_total",
+    "params_active", "global_batch_tokens", "tp", "pp", "dp", "ep", "zero", "offload", "micro_batch", "recompute",
+    "precision", "model",
+)  # fmt: skip
+
+
+class Inexpressible(Exception):
+    """A row that lacks what a prediction needs, or asks for what the planner has no model of; says which."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A published device and the nodes that it is commonly found in. Bytes, bytes a second, FLOP/s, watts."""
+
+    memory: float
+    bandwidth: float
+    half: float
+    link: float
+    watts: float
+    each: int  # devices of a node
+    network: float  # of a node
+    host_link: float
+    host_memory: float
+    disk: float = 28e12
+    disk_rate: float = 28e9
+    fp8: float = 0.0
+    node_factor: float = 1.25  # a node's draw over its devices' rated power: 1.22 to 1.28 measured on H100
+
+
+GIB = 2.0**30
+# Data sheets; NICs of DGX-2, Azure NDm A100 v4, DGX H100, DGX B200 and NVL72 (facts that each row's notes repeat).
+KINDS = {
+    "V100": Kind(32 * GIB, 0.9e12, 125e12, 150e9, 300, 16, 100e9, 4e9, 1.5e12, node_factor=1.1),
+    "A100-40GB": Kind(40 * GIB, 1.56e12, 312e12, 300e9, 400, 8, 200e9, 31e9, 1.0e12),
+    "A100-80GB": Kind(80 * GIB, 2.0e12, 312e12, 300e9, 400, 8, 200e9, 31e9, 1.7e12),
+    "A100": Kind(40 * GIB, 1.56e12, 312e12, 300e9, 400, 8, 200e9, 31e9, 1.0e12),
+    "H100-96GB": Kind(96 * GIB, 2.4e12, 836e12, 450e9, 500, 8, 400e9, 63e9, 2e12, fp8=1979e12),
+    "H100": Kind(80 * GIB, 3.35e12, 989e12, 450e9, 700, 8, 400e9, 63e9, 2e12, fp8=1979e12),
+    "H800": Kind(80 * GIB, 3.35e12, 989e12, 200e9, 700, 8, 400e9, 63e9, 2e12, fp8=1979e12),
+    "H200": Kind(141e9, 4.8e12, 989e12, 450e9, 700, 8, 400e9, 63e9, 2e12, fp8=1979e12),
+    "GB200": Kind(186e9, 8e12, 2500e12, 900e9, 1200, 72, 72 * 50e9, 63e9, 17e12, fp8=5000e12),
+    "B200": Kind(180e9, 8e12, 2250e12, 900e9, 1000, 8, 400e9, 63e9, 2e12, fp8=4500e12),
+}
+
+
+OMNI_PATH = 12.5e9  # bytes a second of one link
+
+
+def machine(row: Row) -> Hardware:
+    """The devices of a row in their usual nodes. Raises Inexpressible."""
+    name = row["gpu"].upper().replace(" ", "")
+    kind = next((KINDS[word] for word in KINDS if name.startswith(word.upper())), None)
+    if kind is None:
+        raise Inexpressible(f"the device {row['gpu'] or '(none)'} is not known")
+    devices = int(number(row, "gpus") or kind.each)
+    each = min(int(_noted(row, r"\b(\d+) [A-Z][\w-]*/node") or kind.each), devices)
+    network = _noted(row, r"\b(\d+) Omni-Path/node")
+    network = network * OMNI_PATH if network else kind.network * each / kind.each
+    peaks = {"bf16": kind.half, "fp16": kind.half} | ({"fp8": kind.fp8, "mxfp8": kind.fp8} if kind.fp8 else {})
+    return Hardware(
+        row["gpu"], devices, each, kind.memory, kind.bandwidth, peaks, kind.link, network,
+        kind.host_link, kind.host_link * each, kind.host_memory, 200e9, kind.disk,
+        kind.disk_rate, kind.disk_rate, kind.watts, kind.watts * each * kind.node_factor,
+    )  # fmt: skip
+
+
+def job(row: Row) -> Job:
+    """A row's job. Raises Inexpressible."""
+    return Job(shape(row), layout(row))
+
+
+def shape(row: Row) -> Shape:
+    """The matrices that a row's sizes and totals describe."""
+    layers, hidden, ffn, seq = (number(row, name) for name in ("layers", "hidden", "ffn", "seq"))
+    if not (layers and hidden and ffn and seq):
+        raise Inexpressible("the shape is not stated")
+    total, active = number(row, "params_total") or 0.0, number(row, "params_active") or 0.0
+    experts, rows = number(row, "experts") or 0.0, number(row, "top_k") or 0.0
+    vocab = number(row, "vocab") or max(DEFAULT_VOCAB, _left_for_vocab(total, layers, hidden, ffn))
+    embedding = vocab * hidden
+    common_layers = {"layers": int(layers), "hidden": int(hidden), "ffn": int(ffn), "vocab": int(vocab)}
+    fused = _hopper(row)
+    base = common_layers | {
+        "heads": int(number(row, "heads") or hidden / 128), "seq": int(seq), "fused_attention": fused
+    }  # fmt: skip
+    if not experts:
+        classic = 4 * hidden**2 + 2 * hidden * ffn
+        common = classic if ffn == 4 * hidden or not total else (total - 2 * embedding) / layers
+        return Shape(**base, common=common, outside=embedding * (2 if ffn != 4 * hidden else 1), head=embedding)
+    moe_layers = layers // (number(row, "moe_every") or 1)
+    matrices = min((2, 3), key=lambda n: abs(moe_layers * experts * n * hidden * ffn - total))  # gated have three
+    expert = matrices * hidden * ffn
+    common = (active - 2 * embedding - moe_layers * rows * expert) / layers
+    all_experts = total - 2 * embedding - layers * common  # the stated total also tells of layers without experts
+    return Shape(
+        **base, common=common, outside=2 * embedding, head=embedding, experts=int(experts),
+        expert=all_experts / (moe_layers * experts), expert_layers=int(moe_layers),
+        rows=rows * expert / (all_experts / (moe_layers * experts)),
+    )  # fmt: skip
+
+
+def _left_for_vocab(total: float, layers: float, hidden: float, ffn: float) -> float:
+    """Entries of a vocabulary that the stated total leaves room for beside the layers of a plain transformer."""
+    left = total - layers * (4 * hidden**2 + 2 * hidden * ffn)
+    return left / hidden if 0 < left < 0.1 * total else 0
+
+
+DEFAULT_VOCAB = 50257  # GPT-2's, for rows that state none
+
+
+def layout(row: Row) -> Layout:
+    devices = number(row, "gpus")
+    tp, pp = int(number(row, "tp") or 1), int(number(row, "pp") or 1)
+    if not devices or not (row["dp"] or row["pp"]):
+        raise Inexpressible("the parallelism is not stated")
+    dp = int(number(row, "dp") or devices // (tp * pp))
+    offload = row["offload"] or "none"
+    micro, micros = _batch(row, dp, pp)
+    zero = int(number(row, "zero") or 0)
+    return Layout(
+        int(devices), tp, pp, dp, int(number(row, "ep") or 1), zero, _chunks(row, pp, zero), micro, micros, _recompute(row),
+        _hopper(row) and tp > 1 or _said_recompute(row) == "seqsel", overlapped=_hopper(row), routed_once=_hopper(row),
+        scattered_sends=not _deepspeed(row, zero), einsum_dispatch=not _hopper(row),
+        precision=_precision(row),
+        optimizer=Shares.all_on(_tier(offload)),
+        parameters=Shares.all_on(_tier(offload) if "param" in offload or offload == "nvme" else "device"),
+        activations=Shares.all_on("cpu" if "act" in offload or "nvme" in offload else "device"),
+    )  # fmt: skip
+
+
+def _tier(offload: str) -> str:
+    return "nvme" if "nvme" in offload else "cpu" if "cpu" in offload else "device"
+
+
+def _precision(row: Row) -> str:
+    return row["precision"].replace("mxfp8", "fp8") or ("fp8" if "FP8" in row["notes"] else "bf16")
+
+
+def _batch(row: Row, dp: int, pp: int) -> tuple[int, int]:
+    """Rows of a micro-batch, and micro-batches."""
+    seq, tokens = number(row, "seq"), number(row, "global_batch_tokens")
+    if not seq:
+        raise Inexpressible("the length of a row is not stated")
+    micro = number(row, "micro_batch") or _noted(row, r"mbs(?:/GPU)?=(\d+)")
+    if not tokens:
+        return int(micro or (4 if pp == 1 else 1)), MICRO_BATCHES_A_STAGE * pp
+    rows = max(1, round(tokens / seq / dp))
+    noted = _noted(row, r"(\d+) microbatches")
+    if not micro:
+        micro = rows / noted if noted else 1 if pp > 1 else rows
+    return int(micro), max(1, round(rows / micro))
+
+
+MICRO_BATCHES_A_STAGE = 8  # where the batch is not stated: enough for a small bubble
+
+
+def _recompute(row: Row) -> Recompute:
+    said = _said_recompute(row)
+    if said == "seqsel":
+        return "selective"
+    if said in get_args(Recompute):
+        return said  # type: ignore[return-value]
+    return "none" if _hopper(row) else "full"  # Megatron's and DeepSpeed's scripts recomputed all layers before
+
+
+def _said_recompute(row: Row) -> str:
+    """Of the column, or as noted; `seqsel` is sequence parallelism with selective recomputation."""
+    return row["recompute"] or (re.search(r"recompute=(\w+)", row["notes"]) or [""])[0].partition("=")[2]
+
+
+def _chunks(row: Row, pp: int, zero: int) -> int:
+    """Of an interleaved pipeline: `vp N`, or what Megatron's authors used where layers divide so: three
+    (arXiv 2205.05198, table 3), later as many as there are layers, up to 8.
+    """
+    if noted := _noted(row, r"\bvp (\d+)"):
+        return int(noted)
+    layers = number(row, "layers") or 0
+    if pp == 1 or _deepspeed(row, zero) or layers % pp:
+        return 1
+    usual = range(8, 0, -1) if _hopper(row) else (3, 1)
+    return next(chunks for chunks in usual if layers % (chunks * pp) == 0)
+
+
+def _deepspeed(row: Row, zero: int) -> bool:
+    """Whether the job ran in DeepSpeed's pipeline, which neither interleaves nor scatters what it sends."""
+    return zero > 0 and not _hopper(row)
+
+
+def _hopper(row: Row) -> bool:
+    """Whether the device is of the time of fused attention."""
+    return not row["gpu"].startswith(("V100", "A100"))
+
+
+def _noted(row: Row, pattern: str) -> float | None:
+    found = re.search(pattern, row["notes"])
+    return float(found[1]) if found else None
+
+
+def number(row: Row, name: str) -> float | None:
+    try:
+        return float(row[name]) if row[name] else None
+    except ValueError:
+        raise Inexpressible(f"{name}={row[name]!r} is no number") from None
+
+
+# MLPerf Training's GPT-3 at batches of 2,048 rows: until its target loss (training_results_v4.0).
+MLPERF_TOKENS = {"GPT-3 175B (MLPerf)": 1.208e9}
+
+
+def trained_tokens(row: Row) -> float:
+    """Of the whole training: as noted (`14.8T tokens`, `tokens 3e+11`), or by the rules of the benchmark."""
+    if row["model"] in MLPERF_TOKENS:
+        return MLPERF_TOKENS[row["model"]]
+    if found := re.search(r"([\d.]+) ?([TBM]) tokens", row["notes"]):
+        return float(found[1]) * {"T": 1e12, "B": 1e9, "M": 1e6}[found[2]]
+    if noted := _noted(row, r"tokens ([\d.]+e[+]?\d+)"):
+        return noted
+    raise Inexpressible("the tokens of the whole training are not stated")
+
+
+# Bytes a parameter of mixed-precision Adam as DeepSpeed keeps them: 16-bit weights, and gradients, masters and moments.
+WEIGHTS, STATES = 2, 20
+HEADROOM = 1.5  # of host and NVMe, for buffers and files: DeepSpeed's own estimator (additional_buffer_factor)
+# Beside the states, on a device: two buckets of gradients of DeepSpeed's default size in 16 bits, and one row of 1,024
+# positions through a model of about the size that fits, recomputed.
+CAPACITY_WORKING = 2 * 5e8 * 2 + 1.4e9
+
+
+def capacity(row: Row, context: float, fragmented: float) -> float:
+    """Parameters that a machine trains at the most, by ZeRO stage and tier (ZeRO-Infinity, arXiv 2104.07857, table 2).
+
+    The scarcest tier decides. Raises Inexpressible for what is no ZeRO stage.
+    """
+    cluster, stage, offload = machine(row), number(row, "zero"), row["offload"] or "none"
+    if stage is None:
+        raise Inexpressible("the ZeRO stage is not stated")
+    on_device = (cluster.device_bytes - context) / (1 + fragmented) - CAPACITY_WORKING
+    tier, devices = _tier(offload), cluster.devices
+    if tier == "device":
+        shared = {0: 0, 1: 12, 2: 18, 3: 20}[int(stage)]  # of 20 bytes
+        return on_device / (STATES - shared + shared / devices)
+    if stage < 3:  # weights are whole on each device
+        return min(on_device / WEIGHTS, _room(cluster, tier) / (STATES - WEIGHTS))
+    if "param" in offload or tier == "nvme":
+        return _room(cluster, tier) / (STATES - WEIGHTS) / HEADROOM
+    return min(on_device * devices / WEIGHTS, _room(cluster, tier) / (STATES - WEIGHTS))
+
+
+def _room(cluster: Hardware, tier: str) -> float:
+    return cluster.nodes * (cluster.host_bytes if tier == "cpu" else cluster.disk_bytes)

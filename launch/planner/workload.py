@@ -1,0 +1,123 @@
+"""What is planned, out of its real inputs: a preset or recipe, a cluster, and the ds_config that will run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.planner.cluster import Cluster
+from launch.planner.job import Job, Layout, Shape, Shares
+from model.config import PRESETS, ModelConfig
+from training.ds_config import DSConfig, resolve
+from training.errors import UserError
+from training.placement import OPTIMIZER, PARAMETERS, Elements, Tiers
+from training.recipe import Recipe, load_recipe, nearest, parse_recipe
+
+# Of a preset without a recipe: the rows of a device as M6-T trained, and, with 16 patches, 128 positions, as is recalled.
+ROWS, TEXT_POSITIONS, TOKENS = 8, 112, 10**9
+
+KEPT, BUCKET = 1e9, 5e8  # elements: DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training on a cluster."""
+
+    recipe: Recipe
+    config: DSConfig
+    cluster: Cluster
+    tokens: float  # positions to be trained on
+
+    @property
+    def job(self) -> Job:
+        return Job(_shape(self.recipe, self.config), _layout(self.config, self.cluster))
+
+
+def load_work(
+    model: str, cluster: Cluster, ds_config: str | None, tokens: float | None, overrides: Sequence[str], delinked: bool
+) -> Work:
+    """`model`: a preset's name or a recipe's path. Raises UserError."""
+    changes = [*([f"ds_config={ds_config}"] if ds_config else []), *overrides]
+    if Path(model).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(model, changes)
+        steps: int | None = recipe.steps
+    else:
+        recipe, steps = _plain(model, cluster, changes), None
+    if delinked:
+        if not recipe.delink.wanted:
+            raise UserError("--delinked: the recipe has no delink.after or delink.flat; leave it out")
+        recipe = recipe.delinked()
+    work = resolved(recipe, cluster, tokens or TOKENS)
+    if steps and not tokens:
+        return Work(recipe, work.config, cluster, steps * work.job.tokens)
+    return work
+
+
+def _plain(model: str, cluster: Cluster, changes: list[str]) -> Recipe:
+    if model not in PRESETS:
+        raise UserError(f"--model {model}: is no preset and no recipe (.yaml){nearest(model, PRESETS)}")
+    plain = {
+        "model": model, "global_batch": ROWS * cluster.devices, "text_positions": TEXT_POSITIONS,
+        "tasks": {"caption": 1}, "steps": 1,
+    }  # fmt: skip
+    return parse_recipe(plain, changes, f"--model {model}")
+
+
+def resolved(recipe: Recipe, cluster: Cluster, tokens: float) -> Work:
+    """Raises UserError where the ds_config does not fit the recipe or the cluster's devices."""
+    config = resolve(recipe, cluster.devices, cluster.devices_per_node, Path("swap"), here=False)
+    return Work(recipe, config, cluster, tokens)
+
+
+def _shape(recipe: Recipe, config: DSConfig) -> Shape:
+    model = config.model
+    counts, layers = model.parameter_counts(), 1 if model.share_layers else model.layers
+    seq = model.image_patches + recipe.text_positions
+    outside = counts.embeddings + counts.image + counts.bags
+    common = counts.attention + counts.norms + counts.routers
+    return Shape(
+        layers=model.layers, hidden=model.hidden, ffn=model.ffn, heads=model.heads, seq=seq, vocab=model.vocab,
+        common=(common + (0 if model.experts else counts.experts)) / layers, outside=outside,
+        head=model.vocab * model.hidden, experts=model.experts, expert=model.expert_parameters if model.experts else 0.0,
+        expert_layers=model.layers if model.experts else 0, rows=expert_rows(model, config.micro_batch * seq),
+        targets=recipe.text_positions / seq, shared=model.share_layers,
+    )  # fmt: skip
+
+
+def expert_rows(model: ModelConfig, tokens: int) -> float:
+    """Rows through experts a token and layer: k of them, or as many as there are places.
+
+    Places are counted a rank and micro-batch (`model/moe.py`), at least one an expert: with more experts than tokens
+    that is more than the capacity factor says.
+    """
+    if not model.experts:
+        return 0.0
+    if model.capacity == "none":
+        return float(model.k)
+    share = tokens * (model.k if model.capacity == "kx" else 1) / model.experts
+    places = model.experts * math.ceil(model.capacity_factor * share)
+    return min(float(model.k), places / tokens)
+
+
+def _layout(config: DSConfig, cluster: Cluster) -> Layout:
+    sizes, zero = config.sizes, config.values["zero_optimization"]
+    return Layout(
+        devices=cluster.devices, dp=cluster.devices, ep=config.expert_parallel, zero=3, micro_batch=config.micro_batch,
+        micro_batches=config.accumulation, recompute="full" if config.recompute else "none",
+        precision="bf16" if sizes.weight == 2 else "fp32",
+        parameters=_shares(config.placement.of(PARAMETERS), config.elements),
+        optimizer=_shares(config.placement.of(OPTIMIZER), config.elements),
+        weight_bytes=sizes.weight, gradient_bytes=sizes.gradient, state_bytes=sizes.master + sizes.moments,
+        kept=zero.get("stage3_max_live_parameters", KEPT),
+        bucket=zero.get("reduce_bucket_size", BUCKET) if zero.get("contiguous_gradients", True) else 0,
+    )  # fmt: skip
+
+
+def _shares(tiers: Tiers, elements: Elements) -> Shares:
+    found = dict.fromkeys(("device", "cpu", "nvme"), 0)
+    for tier, count in zip(tiers, elements, strict=True):
+        found[tier] += count
+    total = sum(found.values())
+    return Shares(**{tier: count / total for tier, count in found.items()})
