@@ -444,7 +444,9 @@ def rehearse(
 @click.option("--model", help="A preset (see m6 models), or a recipe: launch/recipes/*.yaml.")
 @click.option("--cluster", help="A name in launch/clusters, or a file like those.")
 @click.option("--ds-config", help="The ds_config that will run; the recipe's if not given.")
-@click.option("--tokens", type=click.FloatRange(min=1), help="Trained on; a recipe's steps, or a billion, if not given.")
+@click.option(
+    "--tokens", type=click.FloatRange(min=1), help="Trained on; a recipe's steps, or a billion, if not given."
+)
 @click.option("--delinked", is_flag=True, help="The recipe's training after its layers were delinked.")
 @click.option("--search", is_flag=True, help="Find the cheapest settings that fit, and say why the rest lost.")
 @click.option("--explain", metavar="KEY", help="Show a term's formula with the numbers put in, such as step.seconds.")
@@ -466,7 +468,7 @@ def plan(
 
     KEY=VALUE overrides any key of the recipe, such as global_batch=3840 or ds.m6.recompute=true.
     """
-    from launch.plan import Request, plan_training, plan_validation
+    from launch.plan import Request, plan_search, plan_training, plan_validation
 
     request = Request(model, cluster, ds_config, tokens, overrides, delinked)
     if validate:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from launch.planner.cluster import load_cluster
 from launch.planner.plan import PARTS, TIERS, Plan, as_json, make_plan
+from launch.planner.search import Candidate, search
 from launch.planner.terms import Term
 from launch.planner.validation import constants, predict, read_rows, score
 from launch.planner.workload import Work, load_work
@@ -100,15 +101,15 @@ def show(made: Plan, console: Console) -> None:
     console.print()
     console.print("It fits." if made.fits else "It does not fit:")
     for limit in made.limits:
-        console.print(f"  {limit}")
+        console.print(f"  {limit}", soft_wrap=True)
     for remark in made.remarks:
-        console.print(f"Note: {remark}.")
+        console.print(f"Note: {remark}.", soft_wrap=True)
 
 
 def _table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left")
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     return table
 
 
@@ -174,6 +175,75 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{DIGITS}g}"
 
 
+SHOWN = 12  # of those that fit, on the terminal; JSON has all
+
+
+def plan_search(request: Request, as_json_text: bool) -> None:
+    """The cheapest settings that fit, and why the rest lost. Raises UserError, also if nothing fits."""
+    found = search(request.work())
+    best = found.best
+    if as_json_text:
+        rows = [
+            {"settings": c.settings, "fits": bool(c.plan and c.plan.fits), "cost": c.cost if c.plan else None,
+             "reason": c.lost(best) if best else c.refused or c.plan.limits[0]}  # type: ignore[union-attr]
+            for c in found.candidates
+        ]  # fmt: skip
+        print(json.dumps({"best": best and best.settings, "candidates": rows}, indent=1, ensure_ascii=False))
+    if best is None:
+        least = min((c for c in found.candidates if c.plan), key=_device_bytes, default=None)
+        if least is None:
+            raise UserError(f"--search: no settings fit: {found.candidates[0].refused}")
+        assert least.plan
+        raise UserError(f"--search: no settings fit; the nearest ({_told(least)}): {'; '.join(least.plan.limits)}")
+    if not as_json_text:
+        _show_search(found.candidates, best)
+
+
+def _device_bytes(candidate: Candidate) -> float:
+    assert candidate.plan
+    return len(candidate.plan.limits) * 1e15 + candidate.plan.terms["memory.device_bytes"].value
+
+
+def _told(candidate: Candidate) -> str:
+    weights, states, again, micro = candidate.settings.values()
+    return f"weights {weights}, optimizer {states}, {'recompute' if again else 'no recompute'}, {micro} rows"
+
+
+def _show_search(candidates: list[Candidate], best: Candidate) -> None:
+    console = Console()
+    table = _table("settings", "s a step", "device GB", "cost", "")
+    fitting = [c for c in candidates if c.plan and c.plan.fits]
+    for candidate in fitting[:SHOWN]:
+        assert candidate.plan
+        terms = candidate.plan.terms
+        table.add_row(
+            _told(candidate), number(terms["step.seconds"].value), gigabytes(terms["memory.device_bytes"].value),
+            number(candidate.cost), candidate.lost(best),
+        )  # fmt: skip
+    console.print(table)
+    if len(fitting) > SHOWN:
+        console.print(f"and {len(fitting) - SHOWN} more that fit and cost more")
+    for places, reason in _too_large(candidates[len(fitting) :]).items():
+        console.print(f"{places}, at the least: {reason}", soft_wrap=True)
+    console.print(
+        "\nTo take it: " + " ".join(f"ds.{key}={_text(value)}" for key, value in best.settings.items()), soft_wrap=True
+    )
+
+
+def _too_large(candidates: list[Candidate]) -> dict[str, str]:
+    """What the most modest settings of each pair of tiers lack."""
+    found: dict[str, Candidate] = {}
+    for candidate in candidates:
+        weights, states, *_ = candidate.settings.values()
+        places = f"weights {weights}, optimizer {states}"
+        if candidate.plan and (places not in found or _device_bytes(candidate) < _device_bytes(found[places])):
+            found[places] = candidate
+    return {places: "; ".join(candidate.plan.limits) for places, candidate in found.items() if candidate.plan}
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
 
 def plan_validation(path: Path, as_json_text: bool) -> None:
     """Score predictions against the published measurements of a table. Raises UserError."""
@@ -193,14 +263,16 @@ def plan_validation(path: Path, as_json_text: bool) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"\n{sum(g.expressible for g in groups.values())} of {len(predictions)} rows are expressible; of the rest:")
+    console.print(
+        f"\n{sum(g.expressible for g in groups.values())} of {len(predictions)} rows are expressible; of the rest:"
+    )
     for row in predictions:
         if row.predicted is None:
-            console.print(f"  {row.id}: {row.reason}")
+            console.print(f"  {row.id}: {row.reason}", soft_wrap=True)
     console.print("\nFitted, as shares of the peaks on the data sheet:")
     for name, values in constants().items():
         numbers = ", ".join(f"{key} {value}" for key, value in values.items() if key != "rows")
-        console.print(f"  {name}: {numbers}; by {values['rows']}")
+        console.print(f"  {name}: {numbers}; by {values['rows']}", soft_wrap=True)
 
 
 def _percent(share: float | None, sign: str = "") -> str:

@@ -115,7 +115,9 @@ class Cluster(Section):
         if self.disks.read_bytes_per_second is None:
             found.append(f"disks.read_bytes_per_second is unknown: taken as {hardware.disk_read:.3g}")
         if self.disks.write_bytes_per_second is None:
-            found.append(f"disks.write_bytes_per_second is unknown: taken as {hardware.disk_write:.3g}, half of reading")
+            found.append(
+                f"disks.write_bytes_per_second is unknown: taken as {hardware.disk_write:.3g}, half of reading"
+            )
         if not device_known(hardware):
             found.append(f"device {self.device.name}: of no fitted family, its shares of peak are guessed")
         return found

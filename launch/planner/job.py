@@ -74,11 +74,13 @@ class Layout:
     ep: int = 1
     zero: int = 0
     chunks: int = 1  # of layers that a device holds in an interleaved pipeline
+    balanced: bool = False  # stages count embedding and head as layers
     micro_batch: int = 1  # rows
     micro_batches: int = 1  # of a device, in a step
     recompute: Recompute = "none"
     sequence_parallel: bool = False
     overlapped: bool = False  # tensor-parallel and gradient traffic runs beside the products (Megatron from 2023 on)
+    experts_overlapped: bool = False  # so does the all-to-all, beside another micro-batch's products
     scattered_sends: bool = True  # a pipeline stage's tensor-parallel devices send a share each, not all the same
     einsum_dispatch: bool = False  # rows reach their experts by products with one-hot masks (GShard, DeepSpeed-MoE)
     routed_once: bool = False  # a token crosses to a node once, however many of its experts are there (DeepEP)

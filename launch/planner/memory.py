@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from launch.planner.job import Job, Layout
+from launch.planner.job import Job
 from launch.planner.terms import Term, Terms
 
 # What a process has on a device beyond its tensors: the driver's context, NCCL's buffers and library workspaces, and a
@@ -50,8 +50,8 @@ def add_activations(terms: Terms, job: Job, mode: str = "") -> Term:
     mode = mode or layout.recompute + ("+seqpar" if layout.sequence_parallel else "")
     each = stored_bytes(mode, fused=shape.fused_attention)
     terms.add(
-        "memory.stored", each, "B a position, hidden unit and layer", "[2] equations 1 to 4, section 5", width=shape.width, tp=layout.tp,
-        heads=shape.heads, seq=shape.seq, hidden=shape.hidden,
+        "memory.stored", each, "B a position, hidden unit and layer", "[2] equations 1 to 4, section 5",
+        width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, hidden=shape.hidden,
     )  # fmt: skip
     return terms.add(
         "memory.device.activations", "tokens * layers * (hidden * stored * size / 2 + kept_rows) * schedule", "B",
@@ -78,17 +78,17 @@ def add_working(terms: Terms, job: Job) -> list[Term]:
     shape, layout = job.shape, job.layout
     whole = stored_bytes("seqpar" if layout.sequence_parallel else "none", shape.fused_attention)
     layer = terms.add(
-        "memory.device.layer", f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn)",
-        "B", "[2] equation 1, of the layer in hand; rows at their experts, of width ffn",
+        "memory.device.layer",
+        f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn)", "B",
+        "[2] equation 1, of the layer in hand; rows at their experts, of width ffn",
         recomputed=layout.recompute == "full", tokens=job.micro_tokens, hidden=shape.hidden, size=layout.weight_bytes,
         width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, rows=shape.rows, ffn=shape.ffn,
     )  # fmt: skip
     gathered = terms.add(
         "memory.device.gathered", "gathers * size * (max(layer, min(kept, layers * layer)) + layer)", "B",
-        "[4] section 3: a layer's weights and gradients are whole while it is computed; weights are kept up to a limit "
-        "(stage3_max_live_parameters)",
-        gathers=layout.zero >= 3, size=layout.weight_bytes, layer=shape.common / layout.tp + expert_layer(job),
-        kept=layout.kept, layers=shape.layers,
+        "[4] section 3: a layer's weights and gradients are whole while it is computed; weights are kept up to a "
+        "limit (stage3_max_live_parameters)", gathers=layout.zero >= 3, size=layout.weight_bytes,
+        layer=shape.common / layout.tp + expert_layer(job), kept=layout.kept, layers=shape.layers,
     )  # fmt: skip
     logits = terms.add(
         "memory.device.logits", "(size + 4 + 4) * tokens * targets * vocab / tp", "B",
@@ -96,8 +96,9 @@ def add_working(terms: Terms, job: Job) -> list[Term]:
         targets=shape.targets, vocab=shape.vocab, tp=layout.tp,
     )  # fmt: skip
     bucket = terms.add(
-        "memory.device.bucket", "gathers * size * bucket", "B", "gradients on their way to be scattered (reduce_bucket_size)",
-        gathers=layout.zero >= 3, size=layout.weight_bytes, bucket=layout.bucket,
+        "memory.device.bucket", "gathers * size * bucket", "B",
+        "gradients on their way to be scattered (reduce_bucket_size)", gathers=layout.zero >= 3,
+        size=layout.weight_bytes, bucket=layout.bucket,
     )  # fmt: skip
     return [layer, gathered, logits, bucket]
 
@@ -130,7 +131,9 @@ def add_placed(terms: Terms, placed: Mapping[str, Mapping[str, int]], devices: i
         for kind, size in placed[tier].items():
             terms.add(f"memory.{tier}.{kind}", "devices * bytes", "B a node", source, devices=devices, bytes=size)
     host = [*terms.under("memory.cpu").values()]
-    host.append(terms.add("memory.cpu.save", "devices * bytes", "B a node", "save_buffer", devices=devices, bytes=buffer))
+    host.append(
+        terms.add("memory.cpu.save", "devices * bytes", "B a node", "save_buffer", devices=devices, bytes=buffer)
+    )
     host.append(
         terms.add(
             "memory.cpu.processes", "devices * bytes", "B a node", "libraries, page-locked buffers, data: assumed",
@@ -142,6 +145,5 @@ def add_placed(terms: Terms, placed: Mapping[str, Mapping[str, int]], devices: i
     for kind, size in placed["device"].items():
         terms.add(f"memory.device.{kind}", "bytes", "B", source, bytes=size)
     return terms.total(
-        "memory.states", "B", [terms[f"memory.device.{kind}"] for kind in placed["device"]]
+        "memory.states", "B", [terms[f"memory.device.{kind}"] for kind in placed["device"]],
     )  # fmt: skip
-

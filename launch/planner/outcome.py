@@ -43,7 +43,8 @@ def add_outcome(terms: Terms, machine: Hardware, cluster: Cluster, tokens: float
     )  # fmt: skip
     add_power(terms, machine, terms["step.computing"], seconds)
     parts = [
-        terms.add(f"energy.{name}", "nodes * watts * hours / 1000", "kWh", nodes=machine.nodes, watts=watts, hours=hours)
+        terms.add(f"energy.{name}", "nodes * watts * hours / 1000", "kWh", nodes=machine.nodes, watts=watts,
+                  hours=hours)
         for name, watts in (
             ("compute", terms["power.devices"]), ("host", terms["power.host"]), ("switches", machine.switch_watts)
         )
@@ -55,7 +56,7 @@ def add_outcome(terms: Terms, machine: Hardware, cluster: Cluster, tokens: float
     kwh = terms.total("energy.kwh", "kWh", [*parts, overhead])
     terms.add("energy.joules_per_token", "kwh * 3.6e6 / tokens", "J/token", kwh=kwh, tokens=tokens)
     terms.add(
-        "co2e_kg", "kwh * grams / 1000", "kg", "location-based", kwh=kwh, grams=cluster.grid_g_co2e_per_kwh
+        "co2e_kg", "kwh * grams / 1000", "kg", "location-based", kwh=kwh, grams=cluster.grid_g_co2e_per_kwh,
     )  # fmt: skip
     terms.add(
         "cost", "devices * hours * price", cluster.price.currency, f"prices of {cluster.price.date}",
@@ -88,7 +89,8 @@ def add_checkpoint(terms: Terms, machine: Hardware, cluster: Cluster, parameters
         terms.add(
             f"effective.{name}",
             "1 / ((1 + stall / interval) * (1 + failures * devices / 86400 * (restart + interval / 2 + save / 2)))",
-            "share of time", "Young 1974: what is lost is half an interval and a restart; the newest save may be unfinished",
+            "share of time",
+            "Young 1974: what is lost is half an interval and a restart; the newest save may be unfinished",
             stall=stall, interval=between, failures=failures, devices=machine.devices,
             restart=cluster.failures.restart_seconds, save=terms["checkpoint.save_seconds"],
         )  # fmt: skip

@@ -65,7 +65,13 @@ def _limits(terms: Terms, work: Work) -> list[str]:
     machine = work.cluster.hardware
     wants = [
         ("device memory", "device", terms["memory.device_bytes"].value, machine.device_bytes, _relief(work)),
-        ("host memory", "node", terms["memory.host_bytes_per_node"].value, machine.host_bytes, "take more nodes, or nvme"),
+        (
+            "host memory",
+            "node",
+            terms["memory.host_bytes_per_node"].value,
+            machine.host_bytes,
+            "take more nodes, or nvme",
+        ),
         ("NVMe space", "node", terms["memory.nvme_bytes_per_node"].value, machine.disk_bytes, "take more nodes"),
     ]
     return [
@@ -93,14 +99,14 @@ def _remarks(work: Work) -> list[str]:
     peaks = work.cluster.device.peak_flops
     if work.job.layout.precision == "bf16" and "bf16" not in peaks:
         found.append(
-            f"{work.cluster.device.name} has no bf16: planned with the rate and the bytes of fp16, which the engine does "
+            f"{work.cluster.device.name} has no bf16: planned with the rate and bytes of fp16, which the engine does "
             "not train in; say bf16.enabled=false to plan what would run"
         )
     rows, model = work.job.shape.rows, work.config.model
     if model.experts and model.capacity == "1x" and rows > model.capacity_factor:
         found.append(
-            f"a token passes {rows:.3g} experts a layer: a rank has fewer tokens in a micro-batch than there are experts, "
-            "and each expert has at least one place; larger micro-batches bring it down"
+            f"a token passes {rows:.3g} experts a layer: a rank has fewer tokens in a micro-batch than there are "
+            "experts, and each expert has at least one place; larger micro-batches bring it down"
         )
     return found
 
@@ -140,7 +146,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 TIERS = ("device", "cpu", "nvme")
 TOTALS = ("device_bytes", "host_bytes_per_node", "nvme_bytes_per_node")
-# Of a step, as they are shown: the first three are of one micro-batch; what overlaps with what is `--explain`ed.
+# Of a step, as they are shown: the first three are of one micro-batch; what overlaps with what, `--explain` tells.
 PARTS = (
-    "compute", "exchanges", "all_to_all", "bubble", "busy", "gathers", "host_traffic", "passes", "reduction", "optimizer"
+    "compute", "exchanges", "all_to_all", "bubble", "busy", "gathers", "host_traffic", "passes", "reduction",
+    "optimizer",
 )  # fmt: skip

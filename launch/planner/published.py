@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from launch.planner.hardware import Hardware
@@ -93,30 +93,35 @@ def shape(row: Row) -> Shape:
     """The matrices that a row's sizes and totals describe."""
     layers, hidden, ffn, seq = (number(row, name) for name in ("layers", "hidden", "ffn", "seq"))
     if not (layers and hidden and ffn and seq):
-        raise Inexpressible("the shape is not stated")
+        raise Inexpressible(f"of its shape, {_missing(row, ('layers', 'hidden', 'ffn', 'seq'))} is not stated")
     total, active = number(row, "params_total") or 0.0, number(row, "params_active") or 0.0
     experts, rows = number(row, "experts") or 0.0, number(row, "top_k") or 0.0
     vocab = number(row, "vocab") or max(DEFAULT_VOCAB, _left_for_vocab(total, layers, hidden, ffn))
     embedding = vocab * hidden
-    common_layers = {"layers": int(layers), "hidden": int(hidden), "ffn": int(ffn), "vocab": int(vocab)}
-    fused = _hopper(row)
-    base = common_layers | {
-        "heads": int(number(row, "heads") or hidden / 128), "seq": int(seq), "fused_attention": fused
-    }  # fmt: skip
+    plain = Shape(
+        int(layers), int(hidden), int(ffn), int(number(row, "heads") or hidden / 128), int(seq), int(vocab), common=0.0,
+        outside=embedding, head=embedding, fused_attention=_hopper(row),
+    )  # fmt: skip
     if not experts:
         classic = 4 * hidden**2 + 2 * hidden * ffn
         common = classic if ffn == 4 * hidden or not total else (total - 2 * embedding) / layers
-        return Shape(**base, common=common, outside=embedding * (2 if ffn != 4 * hidden else 1), head=embedding)
+        return replace(plain, common=common, outside=embedding * (2 if ffn != 4 * hidden else 1))
     moe_layers = layers // (number(row, "moe_every") or 1)
     matrices = min((2, 3), key=lambda n: abs(moe_layers * experts * n * hidden * ffn - total))  # gated have three
     expert = matrices * hidden * ffn
-    common = (active - 2 * embedding - moe_layers * rows * expert) / layers
+    common = (active - 2 * embedding - moe_layers * rows * expert) / layers if active else 4 * hidden**2
+    if common <= 0:
+        raise Inexpressible("the active parameters are fewer than those of the experts used")
     all_experts = total - 2 * embedding - layers * common  # the stated total also tells of layers without experts
-    return Shape(
-        **base, common=common, outside=2 * embedding, head=embedding, experts=int(experts),
-        expert=all_experts / (moe_layers * experts), expert_layers=int(moe_layers),
-        rows=rows * expert / (all_experts / (moe_layers * experts)),
+    each = all_experts / (moe_layers * experts)
+    return replace(
+        plain, common=common, outside=2 * embedding, experts=int(experts), expert=each, expert_layers=int(moe_layers),
+        rows=rows * expert / each,
     )  # fmt: skip
+
+
+def _missing(row: Row, names: tuple[str, ...]) -> str:
+    return ", ".join(name for name in names if not row[name])
 
 
 def _left_for_vocab(total: float, layers: float, hidden: float, ffn: float) -> float:
@@ -138,8 +143,11 @@ def layout(row: Row) -> Layout:
     micro, micros = _batch(row, dp, pp)
     zero = int(number(row, "zero") or 0)
     return Layout(
-        int(devices), tp, pp, dp, int(number(row, "ep") or 1), zero, _chunks(row, pp, zero), micro, micros, _recompute(row),
-        _hopper(row) and tp > 1 or _said_recompute(row) == "seqsel", overlapped=_hopper(row), routed_once=_hopper(row),
+        int(devices), tp, pp, dp, int(number(row, "ep") or 1), zero, _chunks(row, pp, zero),
+        (number(row, "layers") or 0) % pp != 0, micro, micros, _recompute(row),
+        (_hopper(row) and tp > 1) or _said_recompute(row) == "seqsel", overlapped=_hopper(row),
+        experts_overlapped="1F1B overlap" in row["notes"],
+        routed_once=_hopper(row) and "alltoall" not in row["notes"].lower(),
         scattered_sends=not _deepspeed(row, zero), einsum_dispatch=not _hopper(row),
         precision=_precision(row),
         optimizer=Shares.all_on(_tier(offload)),
@@ -153,7 +161,8 @@ def _tier(offload: str) -> str:
 
 
 def _precision(row: Row) -> str:
-    return row["precision"].replace("mxfp8", "fp8") or ("fp8" if "FP8" in row["notes"] else "bf16")
+    fp8 = "FP8" in row["notes"] or (row["model"] in MLPERF_TOKENS and _hopper(row))
+    return "fp8" if fp8 or "fp8" in row["precision"] else "bf16"
 
 
 def _batch(row: Row, dp: int, pp: int) -> tuple[int, int]:
@@ -168,7 +177,8 @@ def _batch(row: Row, dp: int, pp: int) -> tuple[int, int]:
     noted = _noted(row, r"(\d+) microbatches")
     if not micro:
         micro = rows / noted if noted else 1 if pp > 1 else rows
-    return int(micro), max(1, round(rows / micro))
+    micro = max(1, int(micro))
+    return micro, max(1, round(rows / micro))
 
 
 MICRO_BATCHES_A_STAGE = 8  # where the batch is not stated: enough for a small bubble
@@ -192,7 +202,7 @@ def _chunks(row: Row, pp: int, zero: int) -> int:
     """Of an interleaved pipeline: `vp N`, or what Megatron's authors used where layers divide so: three
     (arXiv 2205.05198, table 3), later as many as there are layers, up to 8.
     """
-    if noted := _noted(row, r"\bvp (\d+)"):
+    if noted := _noted(row, r"\bvp ?(\d+)"):
         return int(noted)
     layers = number(row, "layers") or 0
     if pp == 1 or _deepspeed(row, zero) or layers % pp:
@@ -224,11 +234,13 @@ def number(row: Row, name: str) -> float | None:
 
 
 # MLPerf Training's GPT-3 at batches of 2,048 rows: until its target loss (training_results_v4.0).
-MLPERF_TOKENS = {"GPT-3 175B (MLPerf)": 1.208e9}
+MLPERF_TOKENS = {"GPT-3 175B (MLPerf)": 1.208e9}  # and in fp8, where devices have it
 
 
 def trained_tokens(row: Row) -> float:
     """Of the whole training: as noted (`14.8T tokens`, `tokens 3e+11`), or by the rules of the benchmark."""
+    if not number(row, "global_batch_tokens"):
+        raise Inexpressible("the batch of a step is not stated")
     if row["model"] in MLPERF_TOKENS:
         return MLPERF_TOKENS[row["model"]]
     if found := re.search(r"([\d.]+) ?([TBM]) tokens", row["notes"]):

@@ -40,7 +40,7 @@ class Terms(dict[str, Term]):
     def total(self, key: str, unit: str, parts: list[Term]) -> Term:
         """The sum of terms, named by the last part of their keys."""
         named = {part.key.rpartition(".")[2]: part for part in parts}
-        return self.add(key, " + ".join(named) or "0", unit, **named)
+        return self.add(key, " + ".join(named) or "0", unit, "", **named)
 
     def under(self, prefix: str) -> dict[str, Term]:
         """Terms right under a prefix, by the last part of their keys."""

@@ -7,7 +7,6 @@ group's other rows: what a constant would know.
 from __future__ import annotations
 
 import csv
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,12 @@ from launch.planner.terms import Terms
 from training.errors import UserError
 
 COLUMNS = ("id", "gpu", "gpus", "metric", "value", "unit", "notes", *published.COLUMNS)
-SCALES = {"ms": 1e-3, "s": 1.0, "GB": 1e9, "GiB": 2.0**30, "TFLOP/s": 1e12, "kWh": 3.6e6, "MWh": 3.6e9}
+SCALES = {
+    "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "GB": 1e9, "GiB": 2.0**30, "TFLOP/s": 1e12, "J": 1.0, "kWh": 3.6e6,
+    "MWh": 3.6e9,
+}  # fmt: skip
+
+ALTERNATING_OVER_DIRECT = 1.015  # power before and behind a node's supplies, on the same runs (MLPerf Training 4.0)
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,12 @@ def read_rows(path: Path) -> list[Row]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            rows = [{name: (value or "").strip() for name, value in row.items() if name} for row in reader]
-            columns = reader.fieldnames or []
+            rows: list[Row] = [{name: (value or "").strip() for name, value in row.items() if name} for row in reader]
+            columns = list(reader.fieldnames or [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--validate {path}: cannot be read ({error}): give a table like benchmarks/calibration.csv") from None
+        raise UserError(
+            f"--validate {path}: cannot be read ({error}): give a table like benchmarks/calibration.csv"
+        ) from None
     if missing := [name for name in COLUMNS if name not in columns]:
         raise UserError(f"--validate {path}: the column {missing[0]} is missing: see benchmarks/calibration.csv")
     return rows
@@ -85,6 +91,8 @@ def predict(row: Row) -> Prediction:
         return Prediction(row["id"], row["metric"], measured, _predicted(row))
     except Inexpressible as lack:
         return Prediction(row["id"], row["metric"], measured, None, str(lack))
+    except (ArithmeticError, ValueError):
+        return Prediction(row["id"], row["metric"], measured, None, "its numbers describe no job")
 
 
 def _predicted(row: Row) -> float:
@@ -115,7 +123,7 @@ def _hardware_flops(row: Row) -> float:
     """As published: 96 B s L h^2 (1 + s/6h + V/16Lh), arXiv 2104.04473, with full recomputation."""
     job, _, seconds = _step(row)
     shape = job.shape
-    flops = 96 * job.tokens * shape.layers * shape.hidden**2
+    flops = 96.0 * job.tokens * shape.layers * shape.hidden**2
     flops *= 1 + shape.seq / (6 * shape.hidden) + shape.vocab / (16 * shape.layers * shape.hidden)
     return flops / seconds / job.layout.devices / _scale(row)
 
@@ -178,35 +186,43 @@ def _node_power(row: Row) -> float:
     return add_power(Terms(), published.machine(row), 1.0, 1.0).value
 
 
-def _energy(row: Row) -> float:
+def _joules_per_token(row: Row) -> float:
+    """At the nodes' supplies, or behind them where the row says so; without switches, cooling and losses."""
     job, terms, seconds = _step(row)
-    machine, tokens = published.machine(row), published.trained_tokens(row)
+    machine = published.machine(row)
     busy = job.layout.micro_batches * terms["step.compute"].value
     watts = add_power(terms, machine, busy, seconds).value * machine.nodes
-    return watts * tokens / job.tokens * seconds / _scale(row)
+    supply = ALTERNATING_OVER_DIRECT if "DC side" in row["notes"] else 1.0
+    return watts / supply * seconds / job.tokens
+
+
+def _energy(row: Row) -> float:
+    return _joules_per_token(row) * published.trained_tokens(row) / _scale(row)
+
+
+def _training_seconds(row: Row) -> float:
+    job, _, seconds = _step(row)
+    return published.trained_tokens(row) / job.tokens * seconds
 
 
 def _device_hours(row: Row) -> float:
-    job, _, seconds = _step(row)
-    return published.trained_tokens(row) / job.tokens * seconds / 3600 * job.layout.devices
+    return _training_seconds(row) / 3600 * published.machine(row).devices
 
 
-def _days(row: Row) -> float:
-    job, _, seconds = _step(row)
-    return published.trained_tokens(row) / job.tokens * seconds / 86400
+def _not_a_measure(row: Row) -> float:
+    raise Inexpressible("a ratio without its two runs")
 
 
+# By the beginning of the metric's name; the first that fits.
 MODELS: dict[str, Callable[[Row], float]] = {
     "iter_time": _iteration, "step_time": _iteration, "hw_tflops_per_gpu": _hardware_flops,
     "model_tflops_per_gpu": _model_flops, "tokens_per_s_per_gpu": _tokens, "samples_per_s": _samples,
     "peak_mem_per_gpu": _peak_memory, "param+opt_mem_per_gpu": _states_memory, "act_mem_per_gpu": _activation_memory,
-    "max_params": _capacity, "fits": _fits, "node_power_avg": _node_power, "energy_vs": lambda row: _not_a_measure(),
-    "energy": _energy, "gpu_hours": _device_hours, "train_days": _days,
+    "max_params": _capacity, "fits": _fits, "node_power_avg": _node_power, "energy_vs": _not_a_measure,
+    "energy_per_token": _joules_per_token, "energy": _energy, "gpu_hours": _device_hours,
+    "train_days": lambda row: _training_seconds(row) / 86400,
+    "train_time": lambda row: _training_seconds(row) / _scale(row),
 }  # fmt: skip
-
-
-def _not_a_measure() -> float:
-    raise Inexpressible("a ratio without its two runs")
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Score]:
@@ -224,23 +240,21 @@ def _score(rows: list[Prediction]) -> Score:
     values = list(errors.values())
     mean = statistics.fmean(map(abs, values))
     return Score(
-        len(rows), len(values), mean, max(map(abs, values)), statistics.fmean(values), _skill(rows, mean)
+        len(rows), len(values), mean, max(map(abs, values)), statistics.fmean(values), _skill(rows)
     )  # fmt: skip
 
 
-def _skill(rows: list[Prediction], mean: float) -> float | None:
+def _skill(rows: list[Prediction]) -> float | None:
     """1 - mean error / that of the median of the group's other rows of the same metric; None without others."""
-    guesses = []
-    for row in rows:
-        others = [o.measured for o in rows if o is not row and o.metric == row.metric and o.error is not None]
-        if row.error is None or not others:
-            continue
-        guess = statistics.median([value for value in others if value is not None])
-        guesses.append(abs(guess / row.measured - 1) if row.measured else 0.0)
-    baseline = statistics.fmean(guesses) if guesses else 0.0
-    if not guesses or math.isclose(baseline, 0.0):
-        return None
-    return 1 - mean / baseline
+    known = [(row, row.measured, row.error) for row in rows if row.measured and row.error is not None]
+    errors, guesses = [], []
+    for row, measured, error in known:
+        others = [value for other, value, _ in known if other is not row and other.metric == row.metric]
+        if others:
+            errors.append(abs(error))
+            guesses.append(abs(statistics.median(others) / measured - 1))
+    baseline = sum(guesses)
+    return 1 - sum(errors) / baseline if baseline > 0 else None
 
 
 def constants() -> dict[str, dict[str, float | str]]:

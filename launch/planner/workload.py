@@ -15,7 +15,7 @@ from training.errors import UserError
 from training.placement import OPTIMIZER, PARAMETERS, Elements, Tiers
 from training.recipe import Recipe, load_recipe, nearest, parse_recipe
 
-# Of a preset without a recipe: the rows of a device as M6-T trained, and, with 16 patches, 128 positions, as is recalled.
+# Of a preset without a recipe: the rows of a device as M6-T trained and, with 16 patches, 128 positions, as recalled.
 ROWS, TEXT_POSITIONS, TOKENS = 8, 112, 10**9
 
 KEPT, BUCKET = 1e9, 5e8  # elements: DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size
@@ -80,8 +80,9 @@ def _shape(recipe: Recipe, config: DSConfig) -> Shape:
     return Shape(
         layers=model.layers, hidden=model.hidden, ffn=model.ffn, heads=model.heads, seq=seq, vocab=model.vocab,
         common=(common + (0 if model.experts else counts.experts)) / layers, outside=outside,
-        head=model.vocab * model.hidden, experts=model.experts, expert=model.expert_parameters if model.experts else 0.0,
-        expert_layers=model.layers if model.experts else 0, rows=expert_rows(model, config.micro_batch * seq),
+        head=model.vocab * model.hidden, experts=model.experts,
+        expert=model.expert_parameters if model.experts else 0.0, expert_layers=model.layers if model.experts else 0,
+        rows=expert_rows(model, config.micro_batch * seq),
         targets=recipe.text_positions / seq, shared=model.share_layers,
     )  # fmt: skip
 

@@ -1,0 +1,106 @@
+"""What a device computes in a micro-batch: matrix products at the matrix units' rate, the rest at its memory's.
+
+Sources by number: [1] Narayanan et al., arXiv 2104.04473, appendix (FLOPs); [2] Korthikanti et al., arXiv 2205.05198
+(activations by operator, recomputation); [3] GShard, arXiv 2006.16668, section 3.2.
+"""
+
+from __future__ import annotations
+
+from launch.planner.hardware import Hardware
+from launch.planner.job import Job
+from launch.planner.overlap import BUILT_OVERLAP
+from launch.planner.terms import Term, Terms
+
+# Passes over what a layer stores for its backward pass: written, read, read again, and its gradient written.
+PASSES = 4
+
+
+def add_flops(terms: Terms, job: Job) -> Term:
+    """FLOPs of a step: `flops.model` without recomputation, `flops.hardware` with it; returns the latter."""
+    shape, layout = job.shape, job.layout
+    scores = terms.add(
+        "flops.scores", "4 * layers * seq * hidden * (0.5 if fused else 1)", "FLOPs a token, forward",
+        "[1] appendix; fused kernels leave half of a causal mask out", layers=shape.layers, seq=shape.seq,
+        hidden=shape.hidden, fused=shape.fused_attention,
+    )  # fmt: skip
+    terms.add(
+        "flops.model", "3 * tokens * (2 * matrices + 2 * targets * head + 4 * layers * seq * hidden)", "FLOPs a step",
+        "[1] appendix: backward takes twice forward; scores counted in full, as published figures do",
+        tokens=job.tokens, matrices=shape.matrices, head=shape.head, targets=shape.targets, layers=shape.layers,
+        seq=shape.seq, hidden=shape.hidden,
+    )  # fmt: skip
+    selective = "(2 * matrices + scores) / 2" if shape.fused_attention else "scores"
+    again = {"none": "0", "selective": selective, "full": "2 * matrices + scores"}[layout.recompute]
+    return terms.add(
+        "flops.hardware", f"tokens * (3 * (2 * matrices + 2 * targets * head + scores) + {again})", "FLOPs a step",
+        "[1] appendix; [2] section 5", tokens=job.tokens, matrices=shape.matrices, head=shape.head,
+        targets=shape.targets, scores=scores,
+    )  # fmt: skip
+
+
+def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
+    """Seconds of one micro-batch on one device: products at the matrix units' rate, the rest at the memory's."""
+    shape, layout = job.shape, job.layout
+    products = terms.add(
+        "step.products",
+        "(flops + (not balanced) * (pp - 1) * 6 * all_tokens * targets * head) / (devices * micro_batches * peak * "
+        "matmul)", "s a micro-batch",
+        "of the last stage, which the others wait for: it has the head besides, unless that stands for a layer; share "
+        "of peak: fitted a family", flops=flops, balanced=layout.balanced, pp=layout.pp, all_tokens=job.tokens,
+        targets=shape.targets, head=shape.head, devices=layout.devices, micro_batches=layout.micro_batches,
+        peak=machine.peak(layout.precision), matmul=machine.family.matmul,
+    )  # fmt: skip
+    passes = PASSES + (2 if layout.recompute == "full" else 0)
+    stored = terms.add(
+        "step.stored",
+        "hidden * ((18 + 4 * width) / tp if sequence_parallel else 10 + (8 + 4 * width) / tp) + 5 * heads * seq / tp "
+        "* scores", "B a token and layer", "[2] section 4: what a layer stores, its feed-forward layer `width` wide",
+        width=shape.width, hidden=shape.hidden, tp=layout.tp, sequence_parallel=layout.sequence_parallel,
+        heads=shape.heads, seq=shape.seq, scores=0 if shape.fused_attention else 1,
+    )  # fmt: skip
+    activations = terms.add(
+        "step.activations", "passes * tokens * layers / pp * stored / (bandwidth * share)", "s a micro-batch",
+        "written, read, read again, gradient written; two more if recomputed; share: fitted", passes=passes,
+        tokens=job.micro_tokens, layers=shape.layers, pp=layout.pp, stored=stored, bandwidth=machine.device_bandwidth,
+        share=machine.family.memory,
+    )  # fmt: skip
+    weights = terms.add(
+        "step.weights", "(2 * reads + 2 * gradient) * parameters / (bandwidth * share)", "s a micro-batch",
+        "16-bit weights are read in each pass, sums of gradients read and written",
+        reads=3 if layout.recompute == "full" else 2, gradient=layout.gradient_bytes, parameters=computed_here(job),
+        bandwidth=machine.device_bandwidth, share=machine.family.memory,
+    )  # fmt: skip
+    experts = terms.add(
+        "step.dispatch",
+        "2 * passes * tokens * rows * layers / (pp * tp) * (4 * hidden + 4 * ffn) / (bandwidth * share)",
+        "s a micro-batch", "rows are gathered, put through an expert of width ffn, and put back; 16-bit", passes=passes,
+        tokens=job.micro_tokens, rows=shape.rows, layers=shape.expert_layers, pp=layout.pp, tp=layout.tp,
+        hidden=shape.hidden, ffn=shape.ffn, bandwidth=machine.device_bandwidth, share=machine.family.memory,
+    )  # fmt: skip
+    logits = terms.add(
+        "step.logits", "20 * tokens * targets * vocab / tp / (bandwidth * share)", "s a micro-batch",
+        "16-bit logits, an fp32 copy and its gradient, each written and read", tokens=job.micro_tokens,
+        targets=shape.targets, vocab=shape.vocab, tp=layout.tp, bandwidth=machine.device_bandwidth,
+        share=machine.family.memory,
+    )  # fmt: skip
+    masks = terms.add(
+        "step.one_hot",
+        "einsum * 2 * 2 * (4 if recomputed else 3) * tokens**2 * rows * hidden * layers / pp / (peak * matmul)",
+        "s a micro-batch", "[3] section 3.2: dispatch and combine as products over tokens x places",
+        einsum=layout.einsum_dispatch, recomputed=layout.recompute == "full", tokens=job.micro_tokens, rows=shape.rows,
+        hidden=shape.hidden, layers=shape.expert_layers, pp=layout.pp, peak=machine.peak(layout.precision),
+        matmul=machine.family.matmul,
+    )  # fmt: skip
+    matrices = terms.add(
+        "step.matrices", "(products**p + weights**p)**(1/p)", "s a micro-batch",
+        "of one product the longer of multiplying and reading counts; of many, a p-norm", products=products,
+        weights=weights, p=BUILT_OVERLAP,
+    )  # fmt: skip
+    return terms.total("step.compute", "s a micro-batch", [matrices, activations, experts, logits, masks])
+
+
+def computed_here(job: Job) -> float:
+    """Parameters that a device multiplies by in a micro-batch: its stage's, its experts'."""
+    shape, layout = job.shape, job.layout
+    common = (shape.layers * shape.common + shape.outside) / (layout.tp * layout.pp)
+    return common + shape.all_experts / (layout.pp * max(layout.ep, 1))

@@ -1,0 +1,77 @@
+"""What offload costs: traffic to the host and its disks, and the optimizer's step on each tier.
+
+Source: [1] ZeRO-Infinity, arXiv 2104.07857, sections 4 and 5.
+"""
+
+from __future__ import annotations
+
+from launch.planner.hardware import HOST_SHARE, Hardware
+from launch.planner.job import Job, Layout
+from launch.planner.terms import Term, Terms
+
+
+def add_host_traffic(terms: Terms, job: Job, machine: Hardware) -> Term:
+    """What crosses a device's link to its host within the passes: offloaded weights and activations."""
+    shape, layout = job.shape, job.layout
+    local = shape.total / layout.devices
+    weights = terms.add(
+        "step.host_weights", "micro_batches * 2 * weight * offloaded * parameters / (link * share)", "s",
+        "[1] section 4: a device's share of the weights, forward and backward", micro_batches=layout.micro_batches,
+        weight=layout.weight_bytes, offloaded=1 - layout.parameters.device, parameters=local, link=_host_link(machine),
+        share=HOST_SHARE,
+    )  # fmt: skip
+    disk = terms.add(
+        "step.disk_weights", "micro_batches * 2 * weight * on_disk * parameters / (read * share)", "s",
+        "[1] section 4: a node's share, forward and backward", micro_batches=layout.micro_batches,
+        weight=layout.weight_bytes, on_disk=layout.parameters.nvme,
+        parameters=states_here(layout, shape.total, machine), read=machine.disk_read, share=HOST_SHARE,
+    )  # fmt: skip
+    activations = terms.add(
+        "step.host_activations", "micro_batches * 2 * offloaded * 2 * tokens * hidden * layers / (link * share)", "s",
+        "[1] section 5: each layer's input, there and back", micro_batches=layout.micro_batches,
+        offloaded=1 - layout.activations.device, tokens=job.micro_tokens, hidden=shape.hidden, layers=shape.layers,
+        link=_host_link(machine), share=HOST_SHARE,
+    )  # fmt: skip
+    return terms.total("step.host_traffic", "s", [weights, disk, activations])
+
+
+def add_optimizer(terms: Terms, job: Job, machine: Hardware) -> Term:
+    """The update, once a step, by tier of the optimizer's states."""
+    layout, total = job.layout, job.shape.total
+    shards = layout.devices if layout.zero else layout.tp * layout.pp * max(layout.ep, 1)
+    near = terms.add(
+        "step.device_adam", "on_device * (2 * state + gradient + weight) * parameters / (bandwidth * share)", "s",
+        "states are read and written, gradients read, weights written", on_device=layout.optimizer.device,
+        state=layout.state_bytes, gradient=layout.gradient_bytes, weight=layout.weight_bytes, parameters=total / shards,
+        bandwidth=machine.device_bandwidth, share=machine.family.memory,
+    )  # fmt: skip
+    here = states_here(layout, total, machine)
+    host = terms.add(
+        "step.cpu_adam", "offloaded * (2 * state + gradient + weight) * parameters / (bandwidth * share)", "s",
+        "CPU Adam is bound by host memory", offloaded=1 - layout.optimizer.device, state=layout.state_bytes,
+        gradient=layout.gradient_bytes, weight=layout.weight_bytes, parameters=here, bandwidth=machine.host_bandwidth,
+        share=HOST_SHARE,
+    )  # fmt: skip
+    copies = terms.add(
+        "step.host_updates", "offloaded * (gradient + weight) * parameters / (link * share)", "s",
+        "gradients down, new weights up", offloaded=1 - layout.optimizer.device, gradient=layout.gradient_bytes,
+        weight=layout.weight_bytes, parameters=total / layout.devices, link=_host_link(machine), share=HOST_SHARE,
+    )  # fmt: skip
+    disk = terms.add(
+        "step.disk_states",
+        "on_disk * parameters * ((state + gradient) / (read * share) + (state + gradient) / (write * share))", "s",
+        "masters, moments and gradient sums are written and read", on_disk=layout.optimizer.nvme, parameters=here,
+        state=layout.state_bytes, gradient=layout.gradient_bytes, read=machine.disk_read, write=machine.disk_write,
+        share=HOST_SHARE,
+    )  # fmt: skip
+    return terms.total("step.optimizer", "s", [near, host, copies, disk])
+
+
+def states_here(layout: Layout, total: float, machine: Hardware) -> float:
+    """Parameters whose optimizer states are in one node."""
+    return total * min(machine.devices_per_node, layout.devices) / layout.devices
+
+
+def _host_link(machine: Hardware) -> float:
+    """A device's rate to the host while its neighbours copy too."""
+    return min(machine.host_link, machine.host_links / machine.devices_per_node)

@@ -1,0 +1,83 @@
+"""The cheapest settings of a ds_config that fit, and why the others lost. The batch stays the recipe's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launch.planner.plan import Plan, make_plan
+from launch.planner.workload import Work, resolved
+from training.ds_config import MOST_ROWS, TIERS
+from training.errors import UserError
+from training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice of settings, by their keys in the ds_config; its plan, or why there is none."""
+
+    settings: dict[str, Any]
+    plan: Plan | None = None
+    refused: str = ""
+
+    @property
+    def cost(self) -> float:
+        assert self.plan
+        return self.plan.terms["cost"].value
+
+    def lost(self, best: Candidate) -> str:
+        """Why it is not the best, in words."""
+        if not self.plan:
+            return self.refused
+        if not self.plan.fits:
+            return self.plan.limits[0].partition(" are needed")[0] + ", too much"
+        return f"{self.cost / best.cost:.2f} times the cost" if self is not best else "the cheapest that fits"
+
+
+@dataclass(frozen=True)
+class Found:
+    best: Candidate | None
+    candidates: list[Candidate]  # those that fit first, the cheapest first
+
+
+def search(work: Work) -> Found:
+    """Try tiers of weights and of the optimizer, recomputation and micro-batches."""
+    tried = [_candidate(work, settings) for settings in _settings(work)]
+    fitting = sorted((c for c in tried if c.plan and c.plan.fits), key=lambda c: c.cost)
+    rest = [c for c in tried if not (c.plan and c.plan.fits)]
+    return Found(fitting[0] if fitting else None, fitting + rest)
+
+
+def _settings(work: Work) -> Iterator[dict[str, Any]]:
+    share = work.recipe.global_batch // work.cluster.devices
+    micros = [rows for rows in range(1, min(share, MOST_ROWS) + 1) if share % rows == 0]
+    for weights, states, again, micro in itertools.product(TIERS, TIERS, (False, True), micros):
+        if TIERS.index(weights) <= TIERS.index(states):  # states are the larger and the rarer used: they go first
+            yield {
+                "zero_optimization.offload_param.device": weights,
+                "zero_optimization.offload_optimizer.device": states,
+                "m6.recompute": again,
+                "train_micro_batch_size_per_gpu": micro,
+            }
+
+
+def _candidate(work: Work, settings: dict[str, Any]) -> Candidate:
+    try:
+        return Candidate(settings, make_plan(replace(_with(work, settings), tokens=work.tokens)))
+    except UserError as error:
+        return Candidate(settings, refused=str(error))
+
+
+def _with(work: Work, settings: dict[str, Any]) -> Work:
+    values = work.recipe.model_dump(mode="json")
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        block = values["ds"]
+        for parent in parents:
+            block = block.setdefault(parent, {})
+        block[last] = value
+    # A policy by layers would override the tiers that are tried.
+    values["ds"].setdefault("m6", {})["offload"] = None
+    return resolved(Recipe.model_validate(values), work.cluster, work.tokens)
