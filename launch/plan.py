@@ -205,20 +205,30 @@ def _device_bytes(candidate: Candidate) -> float:
 
 
 def _told(candidate: Candidate) -> str:
-    weights, states, again, micro = candidate.settings.values()
-    return f"weights {weights}, optimizer {states}, {'recompute' if again else 'no recompute'}, {micro} rows"
+    *_, again, micro = candidate.settings.values()
+    return f"{_places(candidate)}, {'recompute' if again else 'no recompute'}, {micro} rows"
+
+
+def _columns(candidate: Candidate) -> list[str]:
+    weights, states, kind, again, micro = candidate.settings.values()
+    return [weights, f"{states} {kind}", "yes" if again else "no", str(micro)]
+
+
+def _places(candidate: Candidate) -> str:
+    weights, states, kind, *_ = candidate.settings.values()
+    return f"weights {weights}, {kind} optimizer {states}"
 
 
 def _show_search(candidates: list[Candidate], best: Candidate) -> None:
     console = Console()
-    table = _table("settings", "s a step", "device GB", "cost", "")
+    table = _table("weights", "optimizer", "recompute", "rows", "s a step", "GB", "cost", "times")
     fitting = [c for c in candidates if c.plan and c.plan.fits]
     for candidate in fitting[:SHOWN]:
         assert candidate.plan
         terms = candidate.plan.terms
         table.add_row(
-            _told(candidate), number(terms["step.seconds"].value), gigabytes(terms["memory.device_bytes"].value),
-            number(candidate.cost), candidate.lost(best),
+            *_columns(candidate), number(terms["step.seconds"].value), gigabytes(terms["memory.device_bytes"].value),
+            number(candidate.cost), f"{candidate.cost / best.cost:.2f}",
         )  # fmt: skip
     console.print(table)
     if len(fitting) > SHOWN:
@@ -234,8 +244,7 @@ def _too_large(candidates: list[Candidate]) -> dict[str, str]:
     """What the most modest settings of each pair of tiers lack."""
     found: dict[str, Candidate] = {}
     for candidate in candidates:
-        weights, states, *_ = candidate.settings.values()
-        places = f"weights {weights}, optimizer {states}"
+        places = _places(candidate)
         if candidate.plan and (places not in found or _device_bytes(candidate) < _device_bytes(found[places])):
             found[places] = candidate
     return {places: "; ".join(candidate.plan.limits) for places, candidate in found.items() if candidate.plan}

@@ -45,7 +45,7 @@ class Host(Section):
 
 
 class Disks(Section):
-    """A node's, all together. Rates that are not known are taken to be `ASSUMED_DISK_RATE`."""
+    """A node's, all together. A rate that is not known is assumed from the size."""
 
     bytes: Annotated[float, Field(ge=0)]
     read_bytes_per_second: Positive | None = None
@@ -97,7 +97,7 @@ class Cluster(Section):
     @property
     def hardware(self) -> Hardware:
         device, links, disks = self.device, self.links, self.disks
-        read = disks.read_bytes_per_second or disks.write_bytes_per_second or ASSUMED_DISK_RATE
+        read = disks.read_bytes_per_second or DISK_RATE * max(1.0, disks.bytes / DISK_BYTES)
         return Hardware(
             device.name, self.devices, self.devices_per_node, device.memory_bytes, device.memory_bytes_per_second,
             device.peak_flops, links.inside_node, links.between_nodes, links.host_to_device,
@@ -123,7 +123,7 @@ class Cluster(Section):
         return found
 
 
-ASSUMED_DISK_RATE = 6e9  # bytes a second: two NVMe disks of the fourth generation of PCIe
+DISK_BYTES, DISK_RATE = 3.84e12, 6e9  # of one NVMe disk of PCIe's fourth generation, bytes a second read; assumed
 
 
 def device_known(hardware: Hardware) -> bool:

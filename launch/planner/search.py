@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.planner.plan import Plan, make_plan
 from launch.planner.workload import Work, resolved
-from training.ds_config import MOST_ROWS, TIERS
+from training.ds_config import MOST_ROWS, OPTIMIZER_STATES, TIERS
 from training.errors import UserError
 from training.recipe import Recipe
 
@@ -54,10 +54,13 @@ def _settings(work: Work) -> Iterator[dict[str, Any]]:
     share = work.recipe.global_batch // work.cluster.devices
     micros = [rows for rows in range(1, min(share, MOST_ROWS) + 1) if share % rows == 0]
     for weights, states, again, micro in itertools.product(TIERS, TIERS, (False, True), micros):
-        if TIERS.index(weights) <= TIERS.index(states):  # states are the larger and the rarer used: they go first
+        if TIERS.index(weights) > TIERS.index(states):
+            continue  # states are the larger and the rarer used: they go first
+        for kind in OPTIMIZER_STATES if states == "cpu" else OPTIMIZER_STATES[:1]:
             yield {
                 "zero_optimization.offload_param.device": weights,
                 "zero_optimization.offload_optimizer.device": states,
+                "m6.optimizer_states": kind,
                 "m6.recompute": again,
                 "train_micro_batch_size_per_gpu": micro,
             }
