@@ -13,6 +13,7 @@ from launch.planner.terms import Term, Terms
 
 # Passes over what a layer stores for its backward pass: written, read, read again, and its gradient written.
 PASSES = 4
+LAUNCH_SECONDS = 0.5e-3  # of one layer in one pass
 
 
 def add_flops(terms: Terms, job: Job) -> Term:
@@ -96,7 +97,13 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
         "of one product the longer of multiplying and reading counts; of many, a p-norm", products=products,
         weights=weights, p=BUILT_OVERLAP,
     )  # fmt: skip
-    return terms.total("step.compute", "s a micro-batch", [matrices, activations, experts, logits, masks])
+    device = terms.total("step.device_work", "s a micro-batch", [matrices, activations, experts, logits, masks])
+    launches = terms.add(
+        "step.launches", "passes * layers / pp * seconds", "s a micro-batch",
+        "the host's time to start a layer's kernels and hooks, which bounds small micro-batches: assumed",
+        passes=3 if layout.recompute == "full" else 2, layers=shape.layers, pp=layout.pp, seconds=LAUNCH_SECONDS,
+    )  # fmt: skip
+    return terms.add("step.compute", "max(device, launches)", "s a micro-batch", device=device, launches=launches)
 
 
 def computed_here(job: Job) -> float:

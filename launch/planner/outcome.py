@@ -38,8 +38,8 @@ def add_outcome(terms: Terms, machine: Hardware, cluster: Cluster, tokens: float
     )  # fmt: skip
     terms.add("days", "hours / 24", "days", hours=hours)
     terms.add(
-        "step.computing", "micro_batches * compute", "s", "in which devices draw full power",
-        micro_batches=terms["step.busy"].inputs["micro_batches"], compute=terms["step.compute"],
+        "step.computing", "micro_batches * work", "s", "in which devices draw full power",
+        micro_batches=terms["step.busy"].inputs["micro_batches"], work=terms["step.device_work"],
     )  # fmt: skip
     add_power(terms, machine, terms["step.computing"], seconds)
     parts = [

@@ -102,7 +102,12 @@ def _remarks(work: Work) -> list[str]:
             f"{work.cluster.device.name} has no bf16: planned with the rate and bytes of fp16, which the engine does "
             "not train in; say bf16.enabled=false to plan what would run"
         )
-    rows, model = work.job.shape.rows, work.config.model
+    rows, model, layout = work.job.shape.rows, work.config.model, work.job.layout
+    if model.experts and layout.ep < layout.devices:
+        found.append(
+            f"ep is {layout.ep}: {layout.devices // layout.ep} ranks share the weights of each expert and gather them "
+            f"in every pass; as many ranks as divide the {model.experts} experts would not"
+        )
     if model.experts and model.capacity == "1x" and rows > model.capacity_factor:
         found.append(
             f"a token passes {rows:.3g} experts a layer: a rank has fewer tokens in a micro-batch than there are "

@@ -10,6 +10,8 @@ from launch.planner.hardware import LINK_SHARE, ROUTED_SHARE, Hardware
 from launch.planner.job import Job
 from launch.planner.terms import Term, Terms
 
+MESSAGE_SECONDS = 3e-6  # of one message of an all-to-all to another node: assumed
+
 
 def add_exchanges(terms: Terms, job: Job, machine: Hardware) -> Term:
     """What tensor and pipeline parallelism exchange in a micro-batch."""
@@ -42,12 +44,12 @@ def add_all_to_all(terms: Terms, job: Job, machine: Hardware) -> Term:
     """Dispatch and combine, forward and backward: four a layer, six if recomputed."""
     shape, layout = job.shape, job.layout
     near = min(layout.ep, machine.devices_per_node)
-    nodes = layout.ep / near
+    nodes, passes = layout.ep / near, 6 if layout.recompute == "full" else 4
     volume = terms.add(
         "step.all_to_all_bytes", "passes * layers / pp * tokens / tp * hidden * (1.5 if fp8 else 2)",
         "B a device and micro-batch, of each copy",
         "[3] section 3.2: 16-bit rows to their experts and back; of 8-bit ones only what comes back is 16-bit",
-        passes=6 if layout.recompute == "full" else 4, layers=shape.expert_layers, pp=layout.pp,
+        passes=passes, layers=shape.expert_layers, pp=layout.pp,
         tokens=job.micro_tokens, tp=layout.tp, hidden=shape.hidden, fp8=layout.precision == "fp8",
     )  # fmt: skip
     copies = terms.add(
@@ -56,8 +58,11 @@ def add_all_to_all(terms: Terms, job: Job, machine: Hardware) -> Term:
     )  # fmt: skip
     return terms.add(
         "step.all_to_all",
-        "bytes * max(rows * (near - 1) / near / (link * link_share), copies / (network * (routed_share if once else "
-        "share)))", "s a micro-batch", "inside the node and between nodes at once", bytes=volume, rows=shape.rows,
+        "bytes * max(rows * (near - 1) / near / (link * link_share), "
+        "copies / (network * (routed_share if once else share))) + exchanges * (ep - near) * latency",
+        "s a micro-batch", "inside the node and between nodes at once; a message to each rank elsewhere takes its time",
+        bytes=volume, rows=shape.rows, exchanges=passes * shape.expert_layers / layout.pp, ep=layout.ep,
+        latency=MESSAGE_SECONDS,
         near=near, copies=copies, link=machine.link, link_share=LINK_SHARE,
         network=machine.network / machine.devices_per_node, share=machine.family.network, once=layout.routed_once,
         routed_share=ROUTED_SHARE,

@@ -190,7 +190,7 @@ def _joules_per_token(row: Row) -> float:
     """At the nodes' supplies, or behind them where the row says so; without switches, cooling and losses."""
     job, terms, seconds = _step(row)
     machine = published.machine(row)
-    busy = job.layout.micro_batches * terms["step.compute"].value
+    busy = job.layout.micro_batches * terms["step.device_work"].value
     watts = add_power(terms, machine, busy, seconds).value * machine.nodes
     supply = ALTERNATING_OVER_DIRECT if "DC side" in row["notes"] else 1.0
     return watts / supply * seconds / job.tokens
