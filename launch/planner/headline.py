@@ -65,9 +65,9 @@ RUNS = [
 GPT3 = {  # arXiv 2005.14165, as laid out in arXiv 2104.04473, section 5
     "id": "GPT-3", "model": "GPT-3", "layers": "96", "hidden": "12288", "ffn": "49152", "heads": "96", "seq": "2048",
     "vocab": "51200", "experts": "", "top_k": "", "moe_every": "", "params_total": "1.75e11",
-    "params_active": "1.75e11",
-       "global_batch_tokens": "3145728", "gpu": "A100-80GB", "gpus": "1024", "tp": "8", "pp": "8", "dp": "16", "ep": "1",
-    "zero": "0", "offload": "none", "micro_batch": "1", "recompute": "full", "precision": "bf16", "notes": "",
+    "params_active": "1.75e11", "global_batch_tokens": "3145728", "gpu": "A100-80GB", "gpus": "1024", "tp": "8",
+    "pp": "8", "dp": "16", "ep": "1", "zero": "0", "offload": "none", "micro_batch": "1", "recompute": "full",
+    "precision": "bf16", "notes": "",
 }  # fmt: skip
 GPT3_TOKENS, GPT3_MWH = 300e9, 1287.0  # the energy as estimated by Patterson et al., arXiv 2104.10350
 ONE_PERCENT_KWH = 12_870.0
@@ -83,8 +83,8 @@ def text() -> str:
 
 def _introduction() -> Iterator[str]:
     yield "What `m6 plan` says of the runs that M6 is known for. **None of them has been run here**; how far such plans"
-    yield "are off on published measurements is in `docs/planner.md`. `python -m launch.planner.headline` writes this page,"
-    yield "and a test writes it again. Tables show the middle of each estimate's band; `m6 plan` shows all of it."
+    yield "are off on published measurements is in `docs/planner.md`. `python -m launch.planner.headline` writes this"
+    yield "page, and a test writes it again. Tables show the middle of each estimate's band; `m6 plan` shows all of it."
     yield ""
 
 

@@ -6,6 +6,7 @@ Configuration that the columns have no place for is read from `notes` where it s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -105,6 +106,8 @@ def shape(row: Row) -> Shape:
     if not experts:
         classic = 4 * hidden**2 + 2 * hidden * ffn
         common = classic if ffn == 4 * hidden or not total else (total - 2 * embedding) / layers
+        if common <= 0:
+            raise Inexpressible("the parameters are fewer than those of the vocabulary")
         return replace(plain, common=common, outside=embedding * (2 if ffn != 4 * hidden else 1))
     moe_layers = layers // (number(row, "moe_every") or 1)
     matrices = min((2, 3), key=lambda n: abs(moe_layers * experts * n * hidden * ffn - total))  # gated have three
@@ -113,6 +116,8 @@ def shape(row: Row) -> Shape:
     if common <= 0:
         raise Inexpressible("the active parameters are fewer than those of the experts used")
     all_experts = total - 2 * embedding - layers * common  # the stated total also tells of layers without experts
+    if all_experts <= 0:
+        raise Inexpressible("the parameters are fewer than those outside of experts")
     each = all_experts / (moe_layers * experts)
     return replace(
         plain, common=common, outside=2 * embedding, experts=int(experts), expert=each, expert_layers=int(moe_layers),
@@ -227,10 +232,14 @@ def _noted(row: Row, pattern: str) -> float | None:
 
 
 def number(row: Row, name: str) -> float | None:
+    """What a column holds, from 0; None if it is empty. Raises Inexpressible."""
     try:
-        return float(row[name]) if row[name] else None
+        value = float(row[name]) if row[name] else None
     except ValueError:
         raise Inexpressible(f"{name}={row[name]!r} is no number") from None
+    if value is not None and not 0 <= value < math.inf:
+        raise Inexpressible(f"{name}={row[name]} is impossible")
+    return value
 
 
 # MLPerf Training's GPT-3 at batches of 2,048 rows: until its target loss (training_results_v4.0).
@@ -264,7 +273,7 @@ def capacity(row: Row, context: float, fragmented: float) -> float:
     The scarcest tier decides. Raises Inexpressible for what is no ZeRO stage.
     """
     cluster, stage, offload = machine(row), number(row, "zero"), row["offload"] or "none"
-    if stage is None:
+    if stage not in (0, 1, 2, 3):
         raise Inexpressible("the ZeRO stage is not stated")
     on_device = (cluster.device_bytes - context) / (1 + fragmented) - CAPACITY_WORKING
     tier, devices = _tier(offload), cluster.devices

@@ -1,0 +1,244 @@
+"""`m6 plan`: what it refuses, by-hand arithmetic, and what must hold whatever the numbers."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.planner.cluster import FOLDER, Cluster, load_cluster
+from launch.planner.hardware import Hardware
+from launch.planner.job import Shares
+from launch.planner.memory import add_device
+from launch.planner.plan import Plan, as_json, make_plan
+from launch.planner.search import search
+from launch.planner.step import add_step
+from launch.planner.terms import Terms
+from launch.planner.workload import expert_rows, load_work
+from model.config import PRESETS
+from training.errors import UserError
+
+V100, A100, H100 = "v100-32g-x480", "a100-80g-x512", "h100-80g-x512"
+CONFIG = "ds_configs/gpu-8.json"
+
+
+def plan_of(model: str, cluster: str | Cluster, *changes: str, tokens: float | None = None) -> Plan:
+    found = load_cluster(cluster) if isinstance(cluster, str) else cluster
+    return make_plan(load_work(model, found, CONFIG, tokens, changes, False))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = "from launch.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, "plan", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_json_has_what_is_promised_and_torch_is_not_imported() -> None:
+    program = (
+        "import sys\nfrom launch.cli import main\n"
+        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
+    )
+    arguments = ["plan", "--model", "m6-1t", "--cluster", V100, "--ds-config", CONFIG, "--tokens", "1e10", "--json"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "False"
+    plan = json.loads(done.stdout)
+    assert plan["parameters"]["total"] == PRESETS["m6-1t"].config.parameter_counts().total
+    assert plan["fits"] is True and plan["limits"] == []
+    estimates = [
+        *(plan["memory"][key] for key in ("device_bytes", "host_bytes_per_node", "nvme_bytes_per_node")),
+        plan["step"]["seconds"], plan["tokens_per_second"], plan["flops_utilization"], plan["days"],
+        plan["energy"]["kwh"], plan["co2e_kg"], plan["cost"],
+    ]  # fmt: skip
+    for estimate in estimates:
+        assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    assert plan["step"]["parts"]["optimizer"] > 0
+
+
+def test_the_sums_come_out() -> None:
+    plan = plan_of("m6-t-100b", A100, "global_batch=4096", tokens=2e9)
+    value = {key: term.value for key, term in plan.terms.items()}
+    cluster = load_cluster(A100)
+    assert value["days"] == pytest.approx(2e9 / value["tokens_per_second"] / 86400)
+    assert value["tokens_per_second"] == pytest.approx(4096 * 128 / value["step.seconds"])
+    assert value["energy.joules_per_token"] * 2e9 == pytest.approx(value["energy.kwh"] * 3.6e6)
+    it = sum(value[f"energy.{part}"] for part in ("compute", "host", "switches"))
+    assert value["energy.kwh"] == pytest.approx(it * cluster.pue)
+    assert value["cost"] == pytest.approx(512 * value["days"] * 24 * cluster.price.per_device_hour)
+    assert value["co2e_kg"] == pytest.approx(value["energy.kwh"] * 0.582)
+
+
+def test_states_by_hand() -> None:
+    """1T on 480: 16-bit weights on the device, 16 bytes a parameter on the host."""
+    plan = plan_of("m6-1t", V100, "ds.zero_optimization.offload_param.device=none")
+    share = PRESETS["m6-1t"].config.parameter_counts().total / 480
+    assert plan.terms["memory.device.parameters"].value == pytest.approx(2 * share, rel=1e-3)
+    assert plan.terms["memory.cpu.optimizer"].value == pytest.approx(16 * share * 16, rel=1e-3)  # 16 ranks a node
+
+
+def test_tokens_of_a_rank_fewer_than_experts_still_take_a_place_each() -> None:
+    model = PRESETS["m6-10t"].config
+    assert expert_rows(model, 1024) == 10  # 10,240 experts, one place each
+    assert expert_rows(model, 2**20) == pytest.approx(128 * 10_240 / 2**20)  # ceil(1.25 * 102.4) places
+    assert expert_rows(replace(model, capacity="none"), 1024) == model.k
+
+
+RATES = [
+    "link", "network", "host_link", "host_links", "host_bandwidth", "disk_read", "disk_write", "device_bandwidth",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("tier", ["none", "cpu", "nvme"])
+def test_more_bandwidth_is_never_slower(rate: str, tier: str) -> None:
+    changes = [f"ds.zero_optimization.offload_{kind}.device={tier}" for kind in ("param", "optimizer")]
+    work = load_work("m6-t-100b", load_cluster(A100), CONFIG, None, ["global_batch=4096", *changes], False)
+    machine = work.cluster.hardware
+    seconds = [
+        add_step(Terms(), work.job, replace(machine, **{rate: getattr(machine, rate) * factor})).value
+        for factor in (0.1, 0.5, 1, 2, 10)
+    ]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_a_higher_peak_is_never_slower() -> None:
+    work = load_work("m6-t-100b", load_cluster(A100), CONFIG, None, ["global_batch=4096"], False)
+    machine = work.cluster.hardware
+
+    def seconds(factor: float) -> float:
+        peaks = {name: peak * factor for name, peak in machine.peak_flops.items()}
+        return add_step(Terms(), work.job, replace(machine, peak_flops=peaks)).value
+
+    assert seconds(1) >= seconds(2) >= seconds(4)
+
+
+def test_more_nodes_take_no_longer_over_the_same_work() -> None:
+    cluster = load_cluster(A100)
+    rates = [
+        plan_of("m6-t-100b", cluster.model_copy(update={"nodes": nodes}), "global_batch=4096").terms["days"].value
+        for nodes in (16, 32, 64)
+    ]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_more_offload_never_takes_more_of_the_device() -> None:
+    """From tier to tier, and layer by layer."""
+    tiers = ("none", "cpu", "nvme")
+    found = [
+        plan_of("m6-t-100b", A100, f"ds.zero_optimization.offload_{kind}.device={tier}", "global_batch=4096")
+        for kind in ("optimizer", "param")
+        for tier in tiers
+    ]
+    sizes = [plan.terms["memory.device_bytes"].value for plan in found]
+    assert sizes[:3] == sorted(sizes[:3], reverse=True) and sizes[3:] == sorted(sizes[3:], reverse=True)
+    by_layer = [
+        plan_of(
+            "m6-t-100b", A100, "global_batch=4096", "ds.zero_optimization.offload_optimizer.device=none",
+            *([f"ds.m6.offload.optimizer.cpu=0-{layers - 1}"] if layers else []),
+        ).terms["memory.device_bytes"].value
+        for layers in (0, 1, 12, 24)
+    ]  # fmt: skip
+    assert by_layer == sorted(by_layer, reverse=True) and len(set(by_layer)) == 4
+
+
+def test_larger_micro_batches_take_more_memory_and_offloaded_activations_less() -> None:
+    work = load_work("m6-t-100b", load_cluster(A100), CONFIG, None, ["global_batch=16384"], False)
+    job = work.job
+
+    def size(**changes: object) -> float:
+        changed = replace(job, layout=replace(job.layout, **changes))
+        terms = Terms()
+        return add_device(terms, changed, terms.add("memory.states", "0", "B")).value
+
+    assert size(micro_batch=1) < size(micro_batch=2) < size(micro_batch=8)
+    assert size(activations=Shares.all_on("cpu")) < size()
+
+
+def test_what_is_short_is_named_with_its_size() -> None:
+    plan = plan_of("m6-10t", V100, "global_batch=3840", "ds.expert_parallel.autoep_size=160")
+    assert not plan.fits
+    assert plan.limits[0].startswith("host memory: ") and "GB are short: take more nodes, or nvme" in plan.limits[0]
+    assert as_json(plan)["fits"] is False
+
+
+def test_every_term_explains_itself() -> None:
+    done = command("--model", "m6-1t", "--cluster", V100, "--ds-config", CONFIG, "--explain", "days")
+    assert done.returncode == 0 and "= hours / 24" in done.stdout and "step.all_to_all =" in done.stdout
+    for key, term in plan_of("m6-1t", V100).terms.items():
+        assert term.formula and term.unit and term.key == key
+
+
+def test_search_finds_the_cheapest_that_fits_and_says_why_the_rest_lost() -> None:
+    work = load_work("m6-1t", load_cluster(V100), CONFIG, None, [], False)
+    found = search(work)
+    assert found.best is not None and found.best.plan is not None and found.best.plan.fits
+    fitting = [c for c in found.candidates if c.plan and c.plan.fits]
+    assert found.best.cost == min(candidate.cost for candidate in fitting)
+    assert found.best.settings["zero_optimization.offload_optimizer.device"] == "cpu"
+    lost = {candidate.lost(found.best) for candidate in found.candidates}
+    assert "the cheapest that fits" in lost and any(reason.startswith("device memory: ") for reason in lost)
+
+
+def changed(tmp_path: Path, **values: object) -> str:
+    """A cluster file with keys (`a__b` for a.b) set, or taken out where None."""
+    cluster = yaml.safe_load((FOLDER / f"{H100}.yaml").read_text())
+    for key, value in values.items():
+        *parents, last = key.split("__")
+        block = cluster
+        for parent in parents:
+            block = block[parent]
+        if value is None:
+            del block[last]
+        else:
+            block[last] = value
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(cluster))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"host__memory_bytes": None}, "host.memory_bytes is missing"),
+        ({"links__between_nodes": -1}, "links.between_nodes=-1: must be a finite number over 0"),
+        ({"nodes": 0}, "nodes=0: must be a whole number from 1 to 1000000"),
+        ({"pue": 0.5}, "pue=0.5: must be a finite number from 1 to 5"),
+        ({"device__memory_bytes": float("inf")}, "device.memory_bytes=inf: must be a finite number over 0"),
+        ({"power__watts": 5}, "power.watts is unknown; did you mean"),
+        ({"power__node_watts": 100}, "power.node_watts=100: is less than one device's 700"),
+    ],
+)
+def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_cluster(changed(tmp_path, **values))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "m6-1t"], "m6: --cluster is missing: a plan needs a model, a cluster and a ds_config"),
+        (["--model", "m6-1t", "--cluster", "moon"], "m6: --cluster moon: no such cluster; known: a100-80g-x512, "),
+        (["--model", "m7", "--cluster", V100], "m6: --model m7: is no preset and no recipe (.yaml); "),
+        (
+            ["--model", "m6-1t", "--cluster", V100, "--ds-config", CONFIG, "ds.zero_optimization.offload_params={}"],
+            "zero_optimization.offload_params is unknown or untried; did you mean zero_optimization.offload_param?",
+        ),
+        (["--model", "m6-1t", "--cluster", V100, "--ds-config", CONFIG, "--explain", "dais"], "did you mean days"),
+        (["--validate", "nowhere.csv"], "m6: --validate nowhere.csv: cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_one_line(arguments: list[str], message: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_clusters_are_complete() -> None:
+    for path in FOLDER.glob("*.yaml"):
+        machine = load_cluster(str(path)).hardware
+        assert isinstance(machine, Hardware)
+        assert f"x{machine.devices}" in path.stem and machine.family.fitted_by
