@@ -35,7 +35,7 @@ ROUTED_SHARE = 0.9
 
 FAMILIES = {
     "V100": Family(0.68, 0.90, 0.32, "MLM20-V, ZINF, BSV"),
-    "A100": Family(0.72, 0.64, 0.41, "MLM21, MLM20-A, KOR, AZ, BSA, DSMOE"),
+    "A100": Family(0.77, 0.57, 0.35, "MLM21, MLM20-A, KOR, AZ, BSA, DSMOE"),
     "H100": Family(0.53, 0.37, 0.55, "MCH100, MXTRL, Q235-1, BR-1, TT-2t, MLP-1"),
     "B200": Family(0.55, 0.22, 0.40, "BR-2, BR-3"),
 }

@@ -53,7 +53,8 @@ RUNS = [
     Run("1T, 480 V100, fp16, 61,440 rows a step", ONE_T, V100_480, LARGE),
     Run("10T, shared layers, 512 V100, fp16", TEN_T, V100_512),
     Run("10T, own layers, 512 V100, fp16", TEN_T, V100_512, delinked=True),
-    Run("10T, own layers, weights on NVMe too", TEN_T, V100_512, ON_DISK, delinked=True),
+    Run("10T, own layers, weights on NVMe too, fp16", TEN_T, V100_512, ON_DISK, delinked=True),
+    Run("10T, own layers, weights on NVMe too, fp32", TEN_T, V100_512, [*ON_DISK, *FP32], delinked=True),
     Run("1T, 480 H100", ONE_T, H100, nodes=60),
     Run("1T, 480 H100, all on the device", ONE_T, H100, ON_DEVICE, nodes=60),
     SPARSE,
@@ -89,7 +90,8 @@ def _introduction() -> Iterator[str]:
 
 
 def _runs() -> Iterator[str]:
-    yield from ["## 1T and 10T", "", "Energy is of all: devices, hosts, switches where they are known, and PUE.", ""]
+    yield from ["## 1T and 10T", "", "Energy is of all: devices, hosts, switches where they are known, and PUE."]
+    yield from ["The engine trains in bf16 or fp32: on V100, only the plans in fp32 are of what would run.", ""]
     yield from _heading(
         "run", "device, GB", "host, GB a node", "NVMe, TB a node", "fits", "s a step", "tokens/s", "tokens in 10 days",
         "MWh in 10 days", "J a token",

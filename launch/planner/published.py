@@ -74,7 +74,7 @@ def machine(row: Row) -> Hardware:
     if kind is None:
         raise Inexpressible(f"the device {row['gpu'] or '(none)'} is not known")
     devices = int(number(row, "gpus") or kind.each)
-    each = min(int(_noted(row, r"\b(\d+) [A-Z][\w-]*/node") or kind.each), devices)
+    each = min(int(_noted(row, r"\b(\d+) [A-Z]+\d[\w-]*/node") or kind.each), devices)
     network = _noted(row, r"\b(\d+) Omni-Path/node")
     network = network * OMNI_PATH if network else kind.network * each / kind.each
     peaks = {"bf16": kind.half, "fp16": kind.half} | ({"fp8": kind.fp8, "mxfp8": kind.fp8} if kind.fp8 else {})

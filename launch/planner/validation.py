@@ -221,6 +221,7 @@ MODELS: dict[str, Callable[[Row], float]] = {
     "max_params": _capacity, "fits": _fits, "node_power_avg": _node_power, "energy_vs": _not_a_measure,
     "energy_per_token": _joules_per_token, "energy": _energy, "gpu_hours": _device_hours,
     "train_days": lambda row: _training_seconds(row) / 86400,
+    "time_to_train": lambda row: _training_seconds(row) / _scale(row),
     "train_time": lambda row: _training_seconds(row) / _scale(row),
 }  # fmt: skip
 
