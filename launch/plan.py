@@ -205,12 +205,12 @@ def _device_bytes(candidate: Candidate) -> float:
 
 
 def _told(candidate: Candidate) -> str:
-    *_, again, micro = candidate.settings.values()
+    _, _, _, again, micro, _ = candidate.settings.values()
     return f"{_places(candidate)}, {'recompute' if again else 'no recompute'}, {micro} rows"
 
 
 def _columns(candidate: Candidate) -> list[str]:
-    weights, states, kind, again, micro = candidate.settings.values()
+    weights, states, kind, again, micro, _ = candidate.settings.values()
     return [weights, f"{states} {kind}", "yes" if again else "no", str(micro)]
 
 

@@ -21,11 +21,11 @@ FP32 = ["ds.bf16.enabled=false"]  # what a V100 would run here: Volta has no bf1
 LARGE = ["global_batch=61440"]
 ON_DEVICE = ["ds.zero_optimization.offload_optimizer.device=none"]
 THEN = "delink.then.ds"
-ON_DISK = [f"{THEN}.zero_optimization.offload_param.device=nvme"]
-COMPACT = [
-    f"{THEN}.zero_optimization.offload_param.device=none", f"{THEN}.zero_optimization.offload_optimizer.device=cpu",
-    f"{THEN}.m6.optimizer_states=8-bit",
+ON_DISK = [
+    f"{THEN}.zero_optimization.offload_param.device=nvme", f"{THEN}.zero_optimization.offload_optimizer.device=nvme",
+    f"{THEN}.m6.optimizer_states=fp32", f"{THEN}.data_types.grad_accum_dtype=fp32",
 ]  # fmt: skip
+WEIGHTS_HERE = [f"{THEN}.zero_optimization.offload_param.device=none"]
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,17 @@ RUNS = [
     Run("1T, 480 V100, fp32", ONE_T, V100_480, FP32),
     Run("1T, 480 V100, fp16, 61,440 rows a step", ONE_T, V100_480, LARGE),
     Run("10T, shared layers, 512 V100, fp16", TEN_T, V100_512),
-    Run("10T, own layers, 512 V100, fp16", TEN_T, V100_512, delinked=True),
-    Run("10T, own layers, weights on NVMe too, fp16", TEN_T, V100_512, ON_DISK, delinked=True),
-    Run("10T, own layers, weights on NVMe too, fp32", TEN_T, V100_512, [*ON_DISK, *FP32], delinked=True),
+    Run("10T, own layers, 512 V100, fp16, 8-bit states", TEN_T, V100_512, delinked=True),
+    Run("10T, own layers, 512 V100, fp16, all on NVMe", TEN_T, V100_512, ON_DISK, delinked=True),
+    Run("10T, own layers, 512 V100, fp32, all on NVMe", TEN_T, V100_512, [*ON_DISK, *FP32], delinked=True),
     Run("1T, 480 H100", ONE_T, H100, nodes=60),
     Run("1T, 480 H100, all on the device", ONE_T, H100, ON_DEVICE, nodes=60),
     SPARSE,
     Run("1T, 512 H100, all on the device", ONE_T, H100, [*ON_DEVICE, "global_batch=4096"]),
     Run("10T, shared layers, 512 H100", TEN_T, H100),
-    Run("10T, own layers, 512 H100", TEN_T, H100, delinked=True),
-    Run("10T, own layers, 512 H100, 8-bit states", TEN_T, H100, COMPACT, delinked=True),
+    Run("10T, own layers, 512 H100, 8-bit states", TEN_T, H100, delinked=True),
+    Run("10T, own layers, 512 H100, 8-bit states, weights on the device", TEN_T, H100, WEIGHTS_HERE, delinked=True),
+    Run("10T, own layers, 512 H100, all on NVMe", TEN_T, H100, ON_DISK, delinked=True),
 ]
 GPT3 = {  # arXiv 2005.14165, as laid out in arXiv 2104.04473, section 5
     "id": "GPT-3", "model": "GPT-3", "layers": "96", "hidden": "12288", "ffn": "49152", "heads": "96", "seq": "2048",

@@ -63,6 +63,7 @@ def _settings(work: Work) -> Iterator[dict[str, Any]]:
                 "m6.optimizer_states": kind,
                 "m6.recompute": again,
                 "train_micro_batch_size_per_gpu": micro,
+                "data_types.grad_accum_dtype": "auto",
             }
 
 
