@@ -74,11 +74,11 @@ def stored_bytes(mode: str, fused: bool) -> str:
 
 
 def add_working(terms: Terms, job: Job) -> list[Term]:
-    """What is held for one layer at a time: its recomputed activations, its gathered weights; and the logits."""
+    """What is held for one layer at a time: its recomputed activations, its gathered weights; or the logits."""
     shape, layout = job.shape, job.layout
     whole = stored_bytes("seqpar" if layout.sequence_parallel else "none", shape.fused_attention)
     layer = terms.add(
-        "memory.device.layer",
+        "memory.layer",
         f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn)", "B",
         "[2] equation 1, of the layer in hand; rows at their experts, of width ffn",
         recomputed=layout.recompute == "full", tokens=job.micro_tokens, hidden=shape.hidden, size=layout.weight_bytes,
@@ -91,7 +91,7 @@ def add_working(terms: Terms, job: Job) -> list[Term]:
         layer=shape.common / layout.tp + expert_layer(job), kept=layout.kept, layers=shape.layers,
     )  # fmt: skip
     logits = terms.add(
-        "memory.device.logits", "(size + 4 + 4) * tokens * targets * vocab / tp", "B",
+        "memory.logits", "(size + 4 + 4) * tokens * targets * vocab / tp", "B",
         "logits, their fp32 copy and its gradient", size=layout.weight_bytes, tokens=job.micro_tokens,
         targets=shape.targets, vocab=shape.vocab, tp=layout.tp,
     )  # fmt: skip
@@ -100,7 +100,11 @@ def add_working(terms: Terms, job: Job) -> list[Term]:
         "gradients on their way to be scattered (reduce_bucket_size)", gathers=layout.zero >= 3,
         size=layout.weight_bytes, bucket=layout.bucket,
     )  # fmt: skip
-    return [layer, gathered, logits, bucket]
+    working = terms.add(
+        "memory.device.working", "max(layer, logits)", "B", "logits are gone when the first layer goes backward",
+        layer=layer, logits=logits,
+    )  # fmt: skip
+    return [gathered, bucket, working]
 
 
 def expert_layer(job: Job) -> float:

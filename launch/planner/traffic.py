@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from launch.planner.hardware import LINK_SHARE, ROUTED_SHARE, Hardware
 from launch.planner.job import Job
+from launch.planner.memory import expert_layer
 from launch.planner.terms import Term, Terms
 
 MESSAGE_SECONDS = 3e-6  # of one message of an all-to-all to another node: assumed
@@ -46,11 +47,12 @@ def add_all_to_all(terms: Terms, job: Job, machine: Hardware) -> Term:
     near = min(layout.ep, machine.devices_per_node)
     nodes, passes = layout.ep / near, 6 if layout.recompute == "full" else 4
     volume = terms.add(
-        "step.all_to_all_bytes", "passes * layers / pp * tokens / tp * hidden * (1.5 if fp8 else 2)",
+        "step.all_to_all_bytes", "passes * layers / pp * tokens / tp * hidden * (1.5 if fp8 else size)",
         "B a device and micro-batch, of each copy",
-        "[3] section 3.2: 16-bit rows to their experts and back; of 8-bit ones only what comes back is 16-bit",
+        "[3] section 3.2: rows to their experts and back, in the weights' type; of fp8 what comes back is 16-bit",
         passes=passes, layers=shape.expert_layers, pp=layout.pp,
         tokens=job.micro_tokens, tp=layout.tp, hidden=shape.hidden, fp8=layout.precision == "fp8",
+        size=layout.weight_bytes,
     )  # fmt: skip
     copies = terms.add(
         "step.copies_to_nodes", "(nodes - 1) * (1 - (1 - 1 / nodes)**rows) if once else rows * (nodes - 1) / nodes",
@@ -78,9 +80,11 @@ def add_gathers(terms: Terms, job: Job, machine: Hardware) -> Term:
     if layout.zero < 3:
         return terms.add("step.gathers", "0", "s", "weights are whole on each device")
     return _around(
-        terms, "step.gathers", job, machine, "micro_batches * 2 * (2 + 1)",
-        "[2] section 7: 2 P gathered twice (recomputation shares the second), 2 P scattered",
-        micro_batches=layout.micro_batches,
+        terms, "step.gathers", job, machine, "micro_batches * size * ((1 if gathered <= kept else 2) + 1)",
+        "[2] section 7: weights gathered forward and, unless all of them are kept, backward (which recomputation "
+        "shares); gradients scattered",
+        micro_batches=layout.micro_batches, size=layout.weight_bytes, kept=layout.kept,
+        gathered=job.shape.layers * (job.shape.common / layout.tp + expert_layer(job)),
     )  # fmt: skip
 
 
