@@ -77,18 +77,21 @@ def add_working(terms: Terms, job: Job) -> list[Term]:
     """What is held for one layer at a time: its recomputed activations, its gathered weights; or the logits."""
     shape, layout = job.shape, job.layout
     whole = stored_bytes("seqpar" if layout.sequence_parallel else "none", shape.fused_attention)
+    parameters = shape.common / layout.tp + expert_layer(job)
     layer = terms.add(
         "memory.layer",
-        f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn)", "B",
-        "[2] equation 1, of the layer in hand; rows at their experts, of width ffn",
+        f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn) "
+        "+ gathers * size * parameters", "B",
+        "[2] equation 1, of the layer in hand; rows at their experts, of width ffn; its gradients",
         recomputed=layout.recompute == "full", tokens=job.micro_tokens, hidden=shape.hidden, size=layout.weight_bytes,
         width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, rows=shape.rows, ffn=shape.ffn,
+        gathers=layout.zero >= 3, parameters=parameters,
     )  # fmt: skip
     gathered = terms.add(
-        "memory.device.gathered", "gathers * size * (max(layer, min(kept, layers * layer)) + layer)", "B",
-        "[4] section 3: a layer's weights and gradients are whole while it is computed; weights are kept up to a "
-        "limit (stage3_max_live_parameters)", gathers=layout.zero >= 3, size=layout.weight_bytes,
-        layer=shape.common / layout.tp + expert_layer(job), kept=layout.kept, layers=shape.layers,
+        "memory.device.gathered", "gathers * size * max(layer, min(kept, layers * layer))", "B",
+        "[4] section 3: a layer's weights are whole while it is computed, and kept up to a limit "
+        "(stage3_max_live_parameters)", gathers=layout.zero >= 3, size=layout.weight_bytes, layer=parameters,
+        kept=layout.kept, layers=shape.layers,
     )  # fmt: skip
     logits = terms.add(
         "memory.logits", "(size + 4 + 4) * tokens * targets * vocab / tp", "B",

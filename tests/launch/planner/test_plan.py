@@ -79,6 +79,19 @@ def test_states_by_hand() -> None:
     assert plan.terms["memory.cpu.optimizer"].value == pytest.approx(16 * share * 16, rel=1e-3)  # 16 ranks a node
 
 
+@pytest.mark.parametrize(
+    ("recompute", "tensors", "exchanged"), [("true", 1199.3e6, 125.8e6), ("false", 1450.6e6, 83.9e6)]
+)
+def test_a_rank_as_rehearsed(recompute: str, tensors: float, exchanged: float) -> None:
+    """`m6 rehearse --model m6-t-1.4b --world 32`: figures and command in docs/planner.md."""
+    cluster = load_cluster(V100).model_copy(update={"nodes": 2})
+    changes = ["ds.bf16.enabled=false", f"ds.m6.recompute={recompute}"]
+    terms = make_plan(load_work("m6-t-1.4b", cluster, "ds_configs/cpu.json", None, changes, False)).terms
+    assert terms["memory.states"].value == pytest.approx(694.8e6, rel=1e-3)
+    assert terms["memory.tensors"].value == pytest.approx(tensors, rel=0.1)
+    assert terms["step.all_to_all_bytes"].value == pytest.approx(exchanged, rel=1e-3)
+
+
 def test_tokens_of_a_rank_fewer_than_experts_still_take_a_place_each() -> None:
     model = PRESETS["m6-10t"].config
     assert expert_rows(model, 1024) == 10  # 10,240 experts, one place each
