@@ -93,6 +93,7 @@ class Layout:
     state_bytes: int = 12  # masters and moments
     kept: float = 0.0  # gathered parameters that ZeRO-3 keeps at the most
     bucket: float = 0.0  # gradients that it scatters at once
+    contiguous: bool = True  # they have a buffer of that size
 
     @property
     def rows(self) -> int:

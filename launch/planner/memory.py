@@ -54,7 +54,7 @@ def add_activations(terms: Terms, job: Job, mode: str = "") -> Term:
         width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, hidden=shape.hidden,
     )  # fmt: skip
     return terms.add(
-        "memory.device.activations", "tokens * layers * (hidden * stored * size / 2 + kept_rows) * schedule", "B",
+        "memory.activations", "tokens * layers * (hidden * stored * size / 2 + kept_rows) * schedule", "B",
         "[2] section 4.2.3: the first stage holds as many micro-batches as there are stages", tokens=job.micro_tokens,
         hidden=shape.hidden, layers=shape.layers / layout.pp * min(layout.pp, layout.micro_batches),
         stored=terms["memory.stored"], size=layout.weight_bytes,
@@ -73,41 +73,55 @@ def stored_bytes(mode: str, fused: bool) -> str:
     return f"(18 + 4 * width) / tp{scores}" if "seqpar" in mode else f"10 + (8 + 4 * width) / tp{scores}"
 
 
-def add_working(terms: Terms, job: Job) -> list[Term]:
-    """What is held for one layer at a time: its recomputed activations, its gathered weights; or the logits."""
+def add_passes(terms: Terms, job: Job) -> list[Term]:
+    """What forward and backward passes hold at the most: gathered weights, the gradients' bucket, and all else."""
     shape, layout = job.shape, job.layout
+    activations = add_activations(terms, job)
+    if not layout.activations.device:
+        activations = terms.add("memory.activations", "0", "B", "each layer's input is in host memory")
     whole = stored_bytes("seqpar" if layout.sequence_parallel else "none", shape.fused_attention)
-    parameters = shape.common / layout.tp + expert_layer(job)
     layer = terms.add(
         "memory.layer",
-        f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn) "
-        "+ gathers * size * parameters", "B",
-        "[2] equation 1, of the layer in hand; rows at their experts, of width ffn; its gradients",
+        f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn)", "B",
+        "[2] equation 1, of the layer in hand; rows at their experts, of width ffn",
         recomputed=layout.recompute == "full", tokens=job.micro_tokens, hidden=shape.hidden, size=layout.weight_bytes,
         width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, rows=shape.rows, ffn=shape.ffn,
-        gathers=layout.zero >= 3, parameters=parameters,
-    )  # fmt: skip
-    gathered = terms.add(
-        "memory.device.gathered", "gathers * size * max(layer, min(kept, layers * layer))", "B",
-        "[4] section 3: a layer's weights are whole while it is computed, and kept up to a limit "
-        "(stage3_max_live_parameters)", gathers=layout.zero >= 3, size=layout.weight_bytes, layer=parameters,
-        kept=layout.kept, layers=shape.layers,
     )  # fmt: skip
     logits = terms.add(
         "memory.logits", "(size + 4 + 4) * tokens * targets * vocab / tp", "B",
         "logits, their fp32 copy and its gradient", size=layout.weight_bytes, tokens=job.micro_tokens,
         targets=shape.targets, vocab=shape.vocab, tp=layout.tp,
     )  # fmt: skip
-    bucket = terms.add(
+    gradients = terms.add(
+        "memory.gradients", "gathers * size * min(bucket, layers * layer)", "B",
+        "gradients that wait to be scattered (reduce_bucket_size), where they have no buffer",
+        gathers=layout.zero >= 3, size=layout.weight_bytes, bucket=0.0 if layout.contiguous else layout.bucket,
+        layers=shape.layers, layer=shape.common / layout.tp + expert_layer(job),
+    )  # fmt: skip
+    buffer = terms.add(
         "memory.device.bucket", "gathers * size * bucket", "B",
-        "gradients on their way to be scattered (reduce_bucket_size)", gathers=layout.zero >= 3,
-        size=layout.weight_bytes, bucket=layout.bucket,
+        "buffer of gradients to be scattered (reduce_bucket_size)",
+        gathers=layout.zero >= 3, size=layout.weight_bytes, bucket=layout.bucket if layout.contiguous else 0.0,
     )  # fmt: skip
-    working = terms.add(
-        "memory.device.working", "max(layer, logits)", "B", "logits are gone when the first layer goes backward",
-        layer=layer, logits=logits,
+    passes = terms.add(
+        "memory.device.passes", "max(activations + max(logits, layer), gradients + layer)", "B",
+        "logits are gone when the first layer goes backward, activations when the last one does",
+        activations=activations, logits=logits, layer=layer, gradients=gradients,
     )  # fmt: skip
-    return [gathered, bucket, working]
+    return [_gathered(terms, job), buffer, passes]
+
+
+def _gathered(terms: Terms, job: Job) -> Term:
+    """Whole weights. Experts that no other rank has are used where they lie, unless that is not on the device."""
+    shape, layout = job.shape, job.layout
+    alone = layout.ep * layout.pp >= layout.devices
+    return terms.add(
+        "memory.device.gathered", "gathers * size * max(layer, min(kept, layers * layer + outside))", "B",
+        "[4] section 3: a layer's weights are whole while it is computed, and kept up to a limit "
+        "(stage3_max_live_parameters)", gathers=layout.zero >= 3, size=layout.weight_bytes,
+        layer=shape.common / layout.tp + expert_layer(job) * (1 - layout.parameters.device if alone else 1),
+        kept=layout.kept, layers=1 if shape.shared else shape.layers, outside=shape.outside / layout.tp,
+    )  # fmt: skip
 
 
 def expert_layer(job: Job) -> float:
@@ -117,11 +131,7 @@ def expert_layer(job: Job) -> float:
 
 def add_device(terms: Terms, job: Job, states: Term) -> Term:
     """Returns `memory.device_bytes`, of the fullest device."""
-    activations = add_activations(terms, job)
-    if not job.layout.activations.device:
-        activations = terms.add("memory.device.activations", "0", "B", "each layer's input is in host memory")
-    parts = [states, activations, *add_working(terms, job)]
-    tensors = terms.total("memory.tensors", "B", parts)
+    tensors = terms.total("memory.tensors", "B", [states, *add_passes(terms, job)])
     return terms.add(
         "memory.device_bytes", "tensors * (1 + fragmented) + context", "B", "fitted to BSA and ZCAP", tensors=tensors,
         fragmented=FRAGMENTED, context=CONTEXT_BYTES,

@@ -112,7 +112,7 @@ def _layout(config: DSConfig, cluster: Cluster) -> Layout:
         optimizer=_shares(config.placement.of(OPTIMIZER), config.elements),
         weight_bytes=sizes.weight, gradient_bytes=sizes.gradient, state_bytes=sizes.master + sizes.moments,
         kept=zero.get("stage3_max_live_parameters", KEPT),
-        bucket=zero.get("reduce_bucket_size", BUCKET) if zero.get("contiguous_gradients", True) else 0,
+        bucket=zero.get("reduce_bucket_size", BUCKET), contiguous=zero.get("contiguous_gradients", True),
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_a_rank_as_rehearsed(recompute: str, tensors: float, exchanged: float) -
     changes = ["ds.bf16.enabled=false", f"ds.m6.recompute={recompute}"]
     terms = make_plan(load_work("m6-t-1.4b", cluster, "ds_configs/cpu.json", None, changes, False)).terms
     assert terms["memory.states"].value == pytest.approx(694.8e6, rel=1e-3)
-    assert terms["memory.tensors"].value == pytest.approx(tensors, rel=0.1)
+    assert terms["memory.tensors"].value == pytest.approx(tensors, rel=0.06)
     assert terms["step.all_to_all_bytes"].value == pytest.approx(exchanged, rel=1e-3)
 
 
