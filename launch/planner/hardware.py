@@ -24,7 +24,8 @@ class Family:
     fitted_by: str  # groups of rows
 
 
-# An NVLink collective's share of the link's peak. Assumed, for tens of megabytes; large ones reach 0.8.
+# An NVLink collective's share of the link's peak. Chosen by hand with MLM20 in view; large ones
+# reach 0.8.
 LINK_SHARE = 0.65
 # Host links and host memory reach about as much of their peaks in large copies. Assumed.
 HOST_SHARE = 0.8

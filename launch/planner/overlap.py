@@ -1,4 +1,4 @@
-"""How well parts of a step hide behind one another: exponents of p-norms. Assumed for all devices alike."""
+"""How well parts of a step hide behind one another: exponents of p-norms. Chosen by hand, for all devices alike."""
 
 # ZeRO-3's gathers hide badly, as AZ and ZINF of the published rows tell: they are many, wait for one another, and
 # compete with the products for memory. Megatron's later overlaps were built to hide.
