@@ -88,7 +88,8 @@ def export_run(
 def delink_run(run: str, overrides: tuple[str, ...], name: str, step: int | None, moments: str | None) -> None:
     """Give each layer of a run that shares one its own weights, as the beginning of the run `name`. Raises UserError.
 
-    `run` and `step` as of `export_run`; `overrides` are of the recipe; `moments`: clone, scale, reset; None: the recipe's.
+    `run` and `step` as of `export_run`; `overrides` are of the recipe; `moments`: clone, scale, reset, or
+    None, as the recipe says.
     """
     from training.data.order import row_counts
     from training.delink import plan, write_run

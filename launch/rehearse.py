@@ -85,6 +85,8 @@ def rehearse_rank(job: Job, as_json: bool) -> None:
     config = check_room(job, gpus)
     if config.placement.optimizer.coldest != DEVICE:
         operators.main()  # told here if one has to be compiled
+    if not os.access(".", os.W_OK):
+        raise UserError(f"{Path.cwd()}: cannot be written to, which swapping may need: start it in another folder")
     with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=".") as folder:
         found = [_measure(job, layers, gpus, Path(folder, SWAP)) for layers in job.built]
     told = summary(job, config, found)
@@ -93,24 +95,38 @@ def rehearse_rank(job: Job, as_json: bool) -> None:
 
 def check_room(job: Job, gpus: int) -> DSConfig:
     """The ds_config of what is to be built. Raises UserError if that is wrong, or if this machine cannot hold it."""
-    lack = _lack(job, job.built[-1], gpus)
-    if lack:
+    for layers in job.built:
+        _check_policy(job, layers, gpus)
+    if lack := _lack(job, job.built[-1], gpus):
         fitting = (layers for layers in range(job.built[-1] - 1, 1, -1) if not _lack(job, layers, gpus))
         if fits := next(fitting, 0):
             raise UserError(f"{lack}; --layers {fits} would fit")
-        least = _lack(job, min(2, job.whole), gpus)
-        raise UserError(lack if lack == least else f"{lack}; not even --layers 2 would fit")
+        raise UserError(lack if job.built[-1] <= 2 else f"{lack}; not even --layers 2 would fit")
     return _resolved(job, job.built[-1], gpus)
 
 
-def _resolved(job: Job, layers: int, gpus: int) -> DSConfig:
-    return resolve(job.with_layers(layers), job.world, gpus, Path(SWAP))
+def _check_policy(job: Job, layers: int, gpus: int) -> None:
+    """Raises UserError for settings that are wrong, or are not those of so many layers."""
+    try:
+        policy = _resolved(job, layers, gpus, here=False).values.get("m6", {}).get("offload", {})
+    except UserError as error:
+        raise UserError(
+            f"{error}{f' (--layers builds {layers} of {job.whole})' if layers < job.whole else ''}"
+        ) from None
+    if "device_bytes" in policy and layers < job.whole:
+        raise UserError(
+            "m6.offload.device_bytes with --layers: what a budget keeps is not in proportion; name the layers"
+        )
+
+
+def _resolved(job: Job, layers: int, gpus: int, here: bool = True) -> DSConfig:
+    return resolve(job.with_layers(layers), job.world, gpus, Path(SWAP), here=here)
 
 
 def _lack(job: Job, layers: int, gpus: int) -> str:
-    """Why so many layers cannot be built; "" if they can."""
+    """What so many layers need beyond what there is; "" if they fit."""
     try:
-        config = _resolved(job, layers, gpus)
+        config = _resolved(job, layers, gpus, here=False)
     except UserError as error:
         return str(error)
     shortage = Room.here(_free_gpu(gpus), config.swap_folders).shortage(needed(config))

@@ -270,7 +270,7 @@ def _placement(
         tiers = placed.of(kind)
         if tiers.coldest != DEVICE:
             zero.setdefault(name, {"pin_memory": gpus > 0})["device"] = tiers.coldest
-        if len(set(tiers)) > 1 and "max_in_cpu" in zero[name]:
+        if kind in block and "max_in_cpu" in zero.get(name, {}):
             raise UserError(f"zero_optimization.{name}.max_in_cpu: m6.offload.{kind} says what is where: take one out")
         if tiers.coldest == DEVICE:
             zero.pop(name, None)
@@ -286,8 +286,9 @@ def _sums(block: Mapping[str, Any], states: str) -> str:
 def _check_compact(placed: Placement, bf16: Mapping[str, Any]) -> None:
     key = f"m6.optimizer_states={COMPACT}"
     if set(placed.optimizer) != {CPU}:
-        way = "set zero_optimization.offload_optimizer.device=cpu, or use fp32"
-        raise UserError(f"{key}: with the optimizer on {placed.optimizer}: {way}")
+        mixed = len(set(placed.optimizer)) > 1
+        way = "take out m6.offload.optimizer" if mixed else "set zero_optimization.offload_optimizer.device=cpu"
+        raise UserError(f"{key}: with the optimizer on {placed.optimizer}: {way}, or use fp32")
     if not bf16["enabled"]:
         raise UserError(f"{key}: its weights are bf16, which is off here: set bf16.enabled=true, or use fp32")
 

@@ -171,7 +171,8 @@ def resolve(
         return placement
     if budget is None:
         raise UserError("m6.offload: auto needs device_bytes, the bytes of a rank's device that states may take")
-    free = [(kind, unit) for kind in automatic for unit in range(-1, physical) if unit not in named[kind]]
+    order = (*range(physical), -1)  # what is outside comes last: it may be larger than any layer
+    free = [(kind, unit) for kind in automatic for unit in order if unit not in named[kind]]
     return _filled(placement, free, budget, elements, sizes)
 
 
@@ -192,7 +193,7 @@ def _filled(
         if tried.device_bytes(elements, sizes) <= budget:
             placement = tried
     if min(needed) > budget:
-        raise UserError(f"m6.offload.device_bytes={budget:,.0f} holds no layer: {min(needed):,} are needed for one")
+        raise UserError(f"m6.offload.device_bytes={budget:,} holds no layer: {min(needed):,} are needed for one")
     return placement
 
 
@@ -220,7 +221,8 @@ def _units(said: Any, key: str, layers: int) -> Iterator[int]:
             raise UserError(f"{key}={said!r}: must be layers such as 0-5,8 or {OUTSIDE}")
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < layers:
-            raise UserError(f"{key}={said!r}: the model has the layers 0 to {layers - 1}")
+            why = "the first must be the lower" if last < first else f"the model has the layers 0 to {layers - 1}"
+            raise UserError(f"{key}={said!r}: {why}")
         yield from range(first, last + 1)
 
 

@@ -46,6 +46,15 @@ def test_expert_parallelism_that_does_not_divide_is_refused() -> None:
     assert "autoep_size=3 does not divide the 8 rank(s)" in message
 
 
+def test_a_policy_that_is_wrong_or_is_not_of_so_many_layers_is_refused() -> None:
+    wrong = refused(job("m6-tiny", 8, 0, None, "ds.m6.offload.parameters.device=99"))
+    assert wrong.endswith("the model has the layers 0 to 3")
+    beyond = refused(job("m6-tiny", 8, 0, 2, "ds.m6.offload.parameters.cpu=3"))
+    assert beyond.endswith("the model has the layers 0 to 0 (--layers builds 1 of 4)")
+    budget = ("ds.m6.offload.optimizer.device=auto", "ds.m6.offload.device_bytes=1e9")
+    assert "m6.offload.device_bytes with --layers" in refused(job("m6-tiny", 8, 0, 2, *budget))
+
+
 def test_nothing_to_rehearse_is_refused() -> None:
     with pytest.raises(UserError, match="give --model"):
         recipe_of(None, None, 2, [], False)

@@ -95,6 +95,18 @@ def test_auto_keeps_to_its_budget_and_leaves_no_layer_that_would_fit(budget, kin
     assert not left or budget - used < max(ELEMENTS.layers) * 18
 
 
+@LAW
+@given(budget=st.floats(1e6, 2e8), more=st.floats(0, 2e8))
+def test_a_larger_budget_never_keeps_fewer_layers_weights(budget, more):
+    auto = {"device": "auto"}
+    try:
+        found = placed(device_bytes=budget, parameters=auto, optimizer=auto)
+    except UserError:
+        assume(False)
+    richer = placed(device_bytes=budget + more, parameters=auto, optimizer=auto)
+    assert richer.parameters.layers.count(DEVICE) >= found.parameters.layers.count(DEVICE)
+
+
 def test_auto_brings_weights_back_before_states_and_leaves_named_layers():
     layer = ELEMENTS.layers[0]
     budget = (ELEMENTS.outside + 5 * layer) * 2 + layer * 16
@@ -108,6 +120,7 @@ def test_refusals():
     auto = {"device": "auto"}
     assert refusal(parameters={"device": "0-6"}).endswith("'0-6': the model has the layers 0 to 5")
     assert "layer 1 is on device and on cpu" in refusal(parameters={"device": "0-2", "cpu": "1"})
+    assert refusal(parameters={"device": "3-1"}).endswith("'3-1': the first must be the lower")
     assert "must be layers such as 0-5,8 or outside" in refusal(optimizer={"cpu": "first"})
     assert "auto needs device_bytes" in refusal(parameters=auto)
     assert "take it out" in refusal(device_bytes=1e9)
