@@ -1,6 +1,7 @@
 """Measures against hand-worked values and slow references that share no code with them."""
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -255,7 +256,8 @@ def test_seeds_repeat_and_chunks_do_not_matter(monkeypatch):
     first = bootstrap(values, families, seed=1)
     assert first == bootstrap(values, families, seed=1) != bootstrap(values, families, seed=2)
     monkeypatch.setattr("training.measures.bootstrap.CELLS", 100)
-    assert bootstrap(values, families, seed=1) == first
+    # Matrix products of other sizes add in another order on some processors.
+    assert astuple(bootstrap(values, families, seed=1)) == pytest.approx(astuple(first), rel=1e-12)
 
 
 def test_what_cannot_be_resampled_is_refused():
