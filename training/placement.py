@@ -126,10 +126,6 @@ class Placement:
     parameters: Tiers  # the weights that layers compute with
     optimizer: Tiers  # masters, sums of gradients, moments
 
-    @property
-    def mixed(self) -> bool:
-        return any(len(set(tiers)) > 1 for tiers in (self.parameters, self.optimizer))
-
     def of(self, kind: str) -> Tiers:
         return {PARAMETERS: self.parameters, OPTIMIZER: self.optimizer}[kind]
 
