@@ -14,6 +14,15 @@ PATH = click.Path(path_type=Path)
 DATA_FOLDER = click.option("--dir", "folder", default="data", type=PATH, show_default=True, help="The data's home.")
 
 
+HOSTFILE = click.option("--hostfile", type=PATH, help="On these machines, a line each: NAME slots=RANKS; over ssh.")
+NODE_RANK = click.option(
+    "--node-rank", type=click.IntRange(min=0), help="Be this one of the hostfile's, from 0; the others start elsewhere."
+)
+MASTER_PORT = click.option(
+    "--master-port", type=click.IntRange(1, 65535), help="With --hostfile: where its first machine is met; 29500."
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def m6() -> None:
     """Train and use M6, a Chinese multimodal mixture-of-experts transformer.
@@ -69,6 +78,9 @@ def show(folder: Path) -> None:
     help="With --supervise: seconds to save and leave on request.",
 )
 @click.option("--dry-run", is_flag=True, help="Check the settings and print what would run; start nothing.")
+@HOSTFILE
+@NODE_RANK
+@MASTER_PORT
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -81,16 +93,21 @@ def train(
     restarts: int,
     grace: float,
     dry_run: bool,
+    hostfile: Path | None,
+    node_rank: int | None,
+    master_port: int | None,
 ) -> int:
-    """Train on this machine; KEY=VALUE overrides any key of the recipe, such as optimizer.lr=3e-4.
+    """Train on this machine, or on those of a hostfile; KEY=VALUE overrides any key of the recipe (optimizer.lr=3e-4).
 
     Ctrl-C, SIGTERM or SIGUSR1 saves and ends with exit code 75; a second one ends at once.
     """
+    from launch.nodes import Place
     from launch.run import TrainingRun, launch
     from launch.supervisor import Supervision
 
     run = TrainingRun(recipe, overrides, name or recipe.stem, folder, resume, allow_change)
-    return launch(run, ranks, dry_run, Supervision(restarts, grace) if supervise else None)
+    place = Place(ranks, hostfile, node_rank, master_port)
+    return launch(run, place, dry_run, Supervision(restarts, grace) if supervise else None)
 
 
 @m6.command()
@@ -488,12 +505,28 @@ def models() -> None:
 
 
 @m6.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(as_json: bool) -> int:
-    """What this machine has, what is missing, and what to do about it."""
-    from launch.doctor import examine
+@HOSTFILE
+@NODE_RANK
+@MASTER_PORT
+@click.option("--cluster", help="With --hostfile: the cluster file that the plan was made with, to be held against it.")
+@JSON
+def doctor(
+    hostfile: Path | None, node_rank: int | None, master_port: int | None, cluster: str | None, as_json: bool
+) -> int:
+    """What this machine has, what is missing, and what to do about it; or whether all machines of a hostfile are fit.
 
-    return examine(as_json)
+    Those are compared in versions, sizes, clocks, disks and links; exit code 1 if one of them is to be seen to.
+    """
+    if hostfile is None:
+        if cluster or node_rank is not None or master_port:
+            raise click.UsageError("--cluster, --node-rank and --master-port go with --hostfile: give that, too")
+        from launch.doctor import examine
+
+        return examine(as_json)
+    from launch.cluster_doctor import examine_cluster
+    from launch.nodes import Place
+
+    return examine_cluster(Place(None, hostfile, node_rank, master_port), cluster, as_json)
 
 
 def main() -> None:

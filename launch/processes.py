@@ -79,9 +79,9 @@ class Ranks:
     The launcher itself looks once a second, gives a rank half a minute to end, and passes on an exit code alone.
     """
 
-    def __init__(self, launcher: subprocess.Popen, count: int):
-        """`launcher` must lead a process group that its ranks share."""
-        self.launcher, self.count = launcher, count
+    def __init__(self, launcher: subprocess.Popen, numbers: Sequence[int]):
+        """`launcher` must lead a process group that its ranks share; `numbers`: theirs in the whole run."""
+        self.launcher, self.numbers = launcher, numbers
         self.pids: dict[int, int] = {}
         self._watched: dict[int, int] = {}  # rank: a handle of its process, readable the moment that it ends
         self._gone: list[int] = []  # before they could be watched
@@ -100,7 +100,7 @@ class Ranks:
 
         A code is negative for a signal, and None where it cannot be told.
         """
-        if len(self.pids) < self.count:
+        if len(self.pids) < len(self.numbers):
             self._find()
             seconds = min(seconds, FIND_SECONDS)
         if not self._watched:

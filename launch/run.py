@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from launch import operators
+from launch.nodes import Nodes, Place, environment_files, passed_on, run_on_all
 from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
 from launch.supervisor import Supervision, Supervisor
 from training import checkpoint_files
@@ -71,54 +72,72 @@ class Plan(NamedTuple):
     config_path: Path
 
 
-def launch(run: TrainingRun, ranks: int | None, dry_run: bool = False, supervision: Supervision | None = None) -> int:
-    """Check the recipe, start the ranks, wait for them; the exit code to end with.
+def launch(run: TrainingRun, place: Place, dry_run: bool = False, supervision: Supervision | None = None) -> int:
+    """Train where it is asked; the exit code to end with.
 
-    `ranks` None is a rank a GPU, or CPU_RANKS without one. With `supervision` a run that fails is started again.
-    Raises UserError for mistakes seen before that.
+    On this machine there is a rank a GPU, or CPU_RANKS without one, if no number is given. With `supervision` a run
+    that fails is started again. Raises UserError for mistakes seen before that.
     """
+    if place.node_rank is not None:
+        os.environ.update(environment_files(os.environ))
     gpus = count_gpus()
-    if gpus and ranks is not None and ranks > gpus:
-        raise UserError(f"--ranks {ranks}: this machine has {gpus} GPU(s); give at most that many")
-    asked, ranks = ranks, ranks or gpus or CPU_RANKS
-    plan = check(run, ranks, gpus)
+    nodes = place.nodes(gpus or CPU_RANKS)
     if dry_run:
-        show(plan, ranks, run.resume)
-        chosen = [*(["--ranks", str(asked)] if asked else []), *(supervision.options() if supervision else [])]
-        print(f"nothing was started; to start it: {shlex.join(['m6', 'train', *chosen, *run.arguments()])}")
-        return 0
-    if plan.folder.exists():
+        return show(run, nodes, gpus, [*place.options(), *(supervision.options() if supervision else [])])
+    if place.hostfile and place.node_rank is None:
+        return launch_everywhere(run, place.hostfile, nodes, supervision)
+    return launch_node(run, nodes, gpus, supervision)
+
+
+def launch_node(run: TrainingRun, nodes: Nodes, gpus: int, supervision: Supervision | None) -> int:
+    """Check the recipe, start this machine's ranks, wait for them; the exit code to end with. Raises UserError."""
+    plan = check(run, nodes, gpus)
+    if plan.folder.exists() and not nodes.here:
         lock_run(plan.folder).close()  # told here, not by a rank that has taken long to start
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
-    environment = rank_environment(os.environ, ranks, on_gpu=gpus > 0)
-    start = partial(start_ranks, run, ranks, gpu_numbers(gpus), environment)
+    environment = rank_environment(os.environ, len(nodes.ranks), on_gpu=gpus > 0)
+    start = partial(start_ranks, run, nodes, gpu_numbers(gpus), environment)
+    if not supervision and len(nodes.slots) > 1:
+        supervision = Supervision(restarts=0)  # a machine that was cut off would be waited for without end
     if supervision:
-        code = Supervisor(start, plan.folder, ranks, supervision).run(run.resume)
+        code = Supervisor(start, plan.folder, nodes, supervision).run(run.resume)
     else:
-        code = explain(*attend(start(run.resume), ranks, plan.folder / RANKS))
-    if code == 0:
+        code = explain(*attend(start(run.resume), nodes.ranks, plan.folder / RANKS))
+    if code == 0 and not nodes.here:
         print(f"done: {plan.folder}; see it by: m6 report {run.name}")
     return code
 
 
-def check(run: TrainingRun, ranks: int, gpus: int) -> Plan:
+def launch_everywhere(run: TrainingRun, hostfile: Path, nodes: Nodes, supervision: Supervision | None) -> int:
+    """Train on all machines of a hostfile, each started from here; the largest of their codes. Raises UserError."""
+    open_run(run.name, load_recipe(run.recipe, list(run.overrides)), run.resume, run.allow_change)
+    chosen = ["--master-port", str(nodes.port), *(supervision.options() if supervision else [])]
+    return run_on_all(hostfile, nodes.names, ["train", *chosen, *run.arguments()], passed_on(os.environ))
+
+
+def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
+    if gpus and len(nodes.ranks) > gpus:
+        raise UserError(f"{len(nodes.ranks)} ranks: this machine has {gpus} GPU(s); give at most that many")
     recipe = load_recipe(run.recipe, list(run.overrides))
     folder = open_run(run.name, recipe, run.resume, run.allow_change)
     data = run.data or Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
     if recipe.delink.wanted:
-        resolve(recipe.delinked(), ranks, gpus, folder / SWAP)
+        resolve(recipe.delinked(), nodes.world, gpus, folder / SWAP)
     config_path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)
-    return Plan(recipe, folder, data, resolve(recipe, ranks, gpus, folder / SWAP), config_path)
+    return Plan(recipe, folder, data, resolve(recipe, nodes.world, gpus, folder / SWAP), config_path)
 
 
-def show(plan: Plan, ranks: int, resume: bool) -> None:
-    """Print what would run."""
-    facts = recipe_facts(plan) | (resume_facts(plan) if resume else {}) | layout_facts(plan.config, ranks)
+def show(run: TrainingRun, nodes: Nodes, gpus: int, chosen: Sequence[str]) -> int:
+    """Print what would run, and the command that starts it with the options `chosen`; the exit code to end with."""
+    plan = check(run, nodes, gpus)
+    facts = recipe_facts(plan) | (resume_facts(plan) if run.resume else {}) | layout_facts(plan.config, nodes.world)
     for name, value in facts.items():
         print(f"{name:14} {value}")
+    print(f"nothing was started; to start it: {shlex.join(['m6', 'train', *chosen, *run.arguments()])}")
+    return 0
 
 
 def recipe_facts(plan: Plan) -> dict[str, str]:
@@ -197,27 +216,28 @@ def gpu_numbers(gpus: int) -> list[str]:
 
 
 def start_ranks(
-    run: TrainingRun, ranks: int, gpus: list[str], environment: Mapping[str, str], resume: bool
+    run: TrainingRun, nodes: Nodes, gpus: list[str], environment: Mapping[str, str], resume: bool
 ) -> subprocess.Popen:
-    """The launcher of the run, in a session of its own, which its ranks share."""
-    command = launcher_command(replace(run, resume=resume), ranks, gpus)
+    """The launcher of this machine's ranks, in a session of its own, which they share."""
+    command = launcher_command(["training.train", *replace(run, resume=resume).arguments()], nodes, gpus)
     return subprocess.Popen(command, env=dict(environment), start_new_session=True)
 
 
-def launcher_command(run: TrainingRun, ranks: int, gpus: list[str]) -> list[str]:
-    """DeepSpeed's launcher of one machine's ranks, with this Python.
+def launcher_command(program: Sequence[str], nodes: Nodes, gpus: list[str]) -> list[str]:
+    """DeepSpeed's launcher of a module, with its arguments, on this machine's ranks, with this Python.
 
     What `deepspeed` itself starts on each machine; starting it directly saves seconds of imports.
     """
-    devices = [int(gpu) for gpu in gpus[:ranks]] or list(range(ranks))
-    machines = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    devices = {name: list(range(count)) for name, count in nodes.slots.items()}
+    if gpus:
+        devices[nodes.names[nodes.here]] = [int(gpu) for gpu in gpus[: len(nodes.ranks)]]
+    machines = base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
     return [
         *(sys.executable, "-m", "deepspeed.launcher.launch"),
         *("--log_level", "info" if os.environ.get("M6_DEBUG") else "critical"),
-        f"--world_info={machines}",
-        f"--master_port={free_port()}",
-        *("--no_local_rank", "--module", "training.train"),
-        *run.arguments(),
+        *(f"--world_info={machines}", f"--node_rank={nodes.here}"),
+        *(f"--master_addr={nodes.names[0]}", f"--master_port={nodes.port or free_port()}"),
+        *("--no_local_rank", "--module", *program),
     ]
 
 
@@ -228,12 +248,13 @@ def free_port() -> int:
 
 
 def rank_environment(base: Mapping[str, str], ranks: int, on_gpu: bool) -> dict[str, str]:
-    """The environment of the ranks: `base`, with defaults for what it does not set."""
+    """The environment of this machine's ranks: `base`, with defaults for what it does not set."""
     environment = {
         "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks)),
         "GLIBC_TUNABLES": KEEP_FREED_MEMORY,
         "PYTHONUNBUFFERED": "1",
         **base,
+        "LOCAL_WORLD_SIZE": str(ranks),
         # DeepSpeed calls ninja by its name.
         "PATH": f"{Path(sys.executable).parent}:{base.get('PATH', os.defpath)}",
     }
@@ -244,8 +265,8 @@ def rank_environment(base: Mapping[str, str], ranks: int, on_gpu: bool) -> dict[
     return environment
 
 
-def attend(launcher: subprocess.Popen, ranks: int, beats: Path) -> tuple[int, int | None]:
-    """Wait for the end of the launcher, and of ranks that are left to save. `beats`: the folder of their heartbeats.
+def attend(launcher: subprocess.Popen, ranks: Sequence[int], beats: Path) -> tuple[int, int | None]:
+    """Wait for the end of the launcher, and of `ranks` that are left to save. `beats`: the folder of their heartbeats.
 
     Returns the launcher's exit code, or after a request LEFT, or 128 + the number of the signal that stopped us before
     the ranks could save; and the rank that failed first, if known.
@@ -258,7 +279,7 @@ def attend(launcher: subprocess.Popen, ranks: int, beats: Path) -> tuple[int, in
             started.wait(0.5)  # a batch system has ended the launcher too
         if received and code not in (0, MISTAKE, LEFT):
             ends = [beat[0].code for rank in started.pids if (beat := read_beat(beats, rank))]
-            code = LEFT if ends == [LEFT] * ranks else 128 + received[0]
+            code = LEFT if ends == [LEFT] * len(ranks) else 128 + received[0]
     return code, failed
 
 

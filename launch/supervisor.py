@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from launch.nodes import Nodes
 from launch.processes import Ranks, hearing, insists, is_stopped
 from launch.stacks import record_stacks
 from training.errors import LEFT, LOST_PEER, MISTAKE
@@ -61,7 +62,7 @@ class Attempt:
         self._folder = beats
         self.beats: dict[int, Beat] = {}
         self._codes: dict[int, int | None] = {}  # of ranks that have ended, or are about to
-        self._old = {rank: beat[1] for rank in range(ranks.count) if (beat := read_beat(beats, rank))}
+        self._old = {rank: beat[1] for rank in ranks.numbers if (beat := read_beat(beats, rank))}
         self._marks: dict[int, int | None] = {}  # when each file was written
         self._since: dict[int, float] = {}  # how long we know no newer one
         self._looked = time.monotonic()
@@ -94,7 +95,7 @@ class Attempt:
         """A file that another process wrote, in an earlier attempt, counts as none; process ids may come again."""
         now = time.monotonic()
         paused, self._looked = now - self._looked > PAUSED_SECONDS, now
-        for rank in range(self.ranks.count):
+        for rank in self.ranks.numbers:
             beat, mark = read_beat(self._folder, rank) or (None, None)
             if beat and beat.pid == self.ranks.pids.get(rank) and mark != self._old.get(rank):
                 self.beats[rank] = beat
@@ -109,7 +110,7 @@ class Attempt:
         """Ask every rank once, and wait until all have left or their time is over."""
         now = time.monotonic()
         self._asked_at = self._asked_at or now
-        if len(self.ranks.pids) == self.ranks.count:
+        if len(self.ranks.pids) == len(self.ranks.numbers):
             self.ranks.launcher.kill()  # whoever was asked with us: it would give its ranks half a minute
         for rank, pid in self.ranks.running().items():
             if rank not in self._told:
@@ -152,7 +153,7 @@ class Attempt:
         code = self.ranks.launcher.poll()
         if code is None:
             return None
-        if len(self._codes) == self.ranks.count:
+        if len(self._codes) == len(self.ranks.numbers):
             return End(LEFT if LEFT in self._codes.values() else 0)  # any other is a failure
         if not self._codes and code in (MISTAKE, LEFT):  # too early a rank's end to be seen
             return End(code)
@@ -168,7 +169,7 @@ class Attempt:
         if not silent:
             return None
         said = {self.beats[rank].code if rank in self.beats else None for rank in silent}
-        if said <= {0, LEFT} and len(silent) + len(self._codes) == self.ranks.count:
+        if said <= {0, LEFT} and len(silent) + len(self._codes) == len(self.ranks.numbers):
             return End(LEFT if LEFT in said else 0)  # they only could not end
         stopped = [rank for rank in silent if self._is_stopped(rank)]
         ranks = stopped or list(silent)
@@ -197,9 +198,12 @@ class Attempt:
 class Supervisor:
     """Starts a run again until it is done, asked to leave, given up, or has a mistake that only a person mends."""
 
-    def __init__(self, start: Callable[[bool], subprocess.Popen], folder: Path, ranks: int, settings: Supervision):
-        """`start(resume)` starts the launcher of the run in `folder`, as the leader of a process group."""
-        self.start, self.folder, self.count, self.settings = start, folder, ranks, settings
+    def __init__(self, start: Callable[[bool], subprocess.Popen], folder: Path, nodes: Nodes, settings: Supervision):
+        """`start(resume)` starts this machine's launcher of the run in `folder`, as the leader of a process group.
+
+        On several machines each has a supervisor, for its own ranks: a failure on one is seen by all.
+        """
+        self.start, self.folder, self.nodes, self.settings = start, folder, nodes, settings
         self._failed_at: float | None = None  # when the run was last seen to stand still, until it has gone on
 
     def run(self, resume: bool) -> int:
@@ -221,7 +225,7 @@ class Supervisor:
                 resume = (self.folder / RECIPE).exists()  # it may have ended before it had begun
 
     def _attempt(self, resume: bool, requests: Sequence[int]) -> tuple[End, Attempt]:
-        with Ranks(self.start(resume), self.count) as ranks:
+        with Ranks(self.start(resume), self.nodes.ranks) as ranks:
             attempt = Attempt(ranks, self.folder / RANKS, self.settings.grace)
             try:
                 while (end := attempt.look(requests)) is None:
@@ -251,14 +255,16 @@ class Supervisor:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             running = attempt.ranks.running()
-            record_stacks(folder, self.folder / RANKS, range(self.count), running, attempt.beats)
+            record_stacks(folder, self.folder / RANKS, self.nodes.ranks, running, attempt.beats)
             where = f"stacks in {folder}"
         except OSError as error:
             where = f"no stacks ({error})"
         phase = "/".join(sorted(phases)) or "starting"
         place = "as it started" if phases <= {"starting", "loading"} else f"at step {attempt.step} ({phase})"
-        _say(f"{end.what}, {place}; {where}")
-        self._record("failed", attempt.step, what=end.what, ranks=end.ranks, phase=phase, stacks=f"{INCIDENTS}/{name}")
+        silent = f"; {', '.join(names)} cannot be reached" if (names := self.nodes.silent()) else ""
+        _say(f"{end.what}, {place}{silent}; {where}")
+        facts = {"what": end.what, "ranks": end.ranks, "unreachable": names, "phase": phase}
+        self._record("failed", attempt.step, **facts, stacks=f"{INCIDENTS}/{name}")
 
     def _tell_recovered(self, step: int) -> None:
         assert self._failed_at is not None
@@ -267,7 +273,8 @@ class Supervisor:
         self._record("recovered", step, downtime_seconds=round(seconds, 3))
 
     def _give_up(self, failures: int) -> int:
-        _say(f"given up: {failures} failures without a step more than before; see {self.folder / INCIDENTS}")
+        if self.settings.restarts:
+            _say(f"given up: {failures} failures without a step more than before; see {self.folder / INCIDENTS}")
         self._record("given up", None, failures=failures)
         return 1
 

@@ -1,8 +1,9 @@
 """Real ranks for tests: a function run in several fresh processes that can form a process group.
 
-Imports no torch: a rank's environment must be set before torch or DeepSpeed is imported there.
+They are forked from one that has imported what takes seconds, and has done nothing else.
 """
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -11,10 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT = 120.0  # seconds, of all ranks together
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
@@ -25,7 +28,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     here, with the rank's traceback as a note, and the other ranks are ended. Raises TimeoutError after `timeout`
     seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _forks()
     port = _free_port()
     # Pickled here, so that a rank imports the function's module only after its environment is set.
     work = pickle.dumps((function, args))
@@ -45,6 +48,21 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
             process.join()
 
 
+@functools.cache
+def _forks() -> multiprocessing.context.ForkServerContext:
+    """What ranks are forked from. Torch and DeepSpeed read their environment as they are imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,13 +71,13 @@ def _free_port() -> int:
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     return {
+        **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
+        **ENVIRONMENT,
     }
 
 
@@ -84,6 +102,7 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
 
 
 def _rank(send: Connection, environment: dict[str, str], work: bytes) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     try:
         function, args = pickle.loads(work)

@@ -1,7 +1,6 @@
-"""The helper that runs real ranks, without torch, so that it is quick."""
+"""The helper that runs real ranks."""
 
 import os
-import sys
 import time
 
 import pytest
@@ -15,8 +14,8 @@ class Unpicklable(Exception):
         super().__init__(name)
 
 
-def environment() -> tuple[dict[str, str], bool]:
-    return dict(os.environ), "torch" in sys.modules
+def environment() -> dict[str, str]:
+    return dict(os.environ)
 
 
 def rank_one_fails(how: str) -> None:
@@ -30,18 +29,20 @@ def rank_one_fails(how: str) -> None:
     time.sleep(60)
 
 
-def test_ranks_answer_in_order_with_their_environment_set_before_torch():
+def test_ranks_answer_in_order_with_their_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("M6_OF_THIS_TEST", "seen")
+    monkeypatch.delenv("HOME")
     answers = run_ranks(2, environment)
-    assert [answer["RANK"] for answer, _ in answers] == ["0", "1"]
-    assert not any(has_torch for _, has_torch in answers)
-    for answer, _ in answers:
+    assert [answer["RANK"] for answer in answers] == ["0", "1"]
+    for answer in answers:
+        assert answer["M6_OF_THIS_TEST"] == "seen" and "HOME" not in answer
         assert (answer["WORLD_SIZE"], answer["OMP_NUM_THREADS"], answer["DS_ACCELERATOR"]) == (
             "2",
             "1",
             "cpu",
         )
         assert answer["LOCAL_RANK"] == answer["RANK"]
-    assert answers[0][0]["MASTER_PORT"] == answers[1][0]["MASTER_PORT"]
+    assert answers[0]["MASTER_PORT"] == answers[1]["MASTER_PORT"]
 
 
 def test_a_ranks_mistake_is_raised_here_with_its_traceback_and_ends_the_others():

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from launch.nodes import Place, one_machine
 from launch.run import TrainingRun, gpu_numbers, launch, launcher_command, rank_environment
 from training.errors import UserError
 from training.machine import usable_cores
@@ -24,16 +25,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, signal, subprocess, sys
 from pathlib import Path
+from launch.nodes import one_machine
 from launch.run import TrainingRun, attend, explain, launcher_command, rank_environment
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 ranks, folder, ending = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 run = TrainingRun(Path("r.yaml"), ("a.b=1", folder, ending), "n")
-command = launcher_command(run, ranks, [])
-command[command.index("training.train")] = "tests.launch.rank_program"
+command = launcher_command(["tests.launch.rank_program", *run.arguments()], one_machine(ranks), [])
 environment = rank_environment(os.environ, ranks, on_gpu=False)
 launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-sys.exit(explain(*attend(launcher, ranks, Path(folder, "beats"))))
+sys.exit(explain(*attend(launcher, range(ranks), Path(folder, "beats"))))
 """
 
 
@@ -115,9 +116,9 @@ def test_a_request_lets_the_ranks_save_and_ends_everything(tmp_path, number, to_
 def test_command_of_two_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,6")
     resumed = TrainingRun(Path("r.yaml"), data=Path("d"), resume=True, allow_change=("k",))
-    command = launcher_command(resumed, 2, gpu_numbers(3))
+    command = launcher_command(["training.train", *resumed.arguments()], one_machine(2), gpu_numbers(3))
     [machines] = [word.partition("=")[2] for word in command if word.startswith("--world_info=")]
-    assert json.loads(base64.urlsafe_b64decode(machines)) == {"localhost": [3, 5]}
+    assert json.loads(base64.urlsafe_b64decode(machines)) == {"127.0.0.1": [3, 5]}
     assert command[command.index("--module") + 1 :] == [
         *("training.train", "--recipe", "r.yaml", "--name", "run", "--data", "d", "--resume", "--allow-change", "k")
     ]
@@ -139,4 +140,4 @@ def test_what_the_user_set_is_kept():
 
 def test_wrong_recipe_is_told_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
-        launch(TrainingRun(tmp_path / "nowhere.yaml"), ranks=2)
+        launch(TrainingRun(tmp_path / "nowhere.yaml"), Place(2))

@@ -31,6 +31,7 @@ PROGRAM = """
 import signal, subprocess, sys
 from pathlib import Path
 from launch import processes, supervisor
+from launch.nodes import one_machine
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
 
@@ -42,7 +43,7 @@ def start(resume):
     command = [sys.executable, "-m", "tests.launch.stub_run", str(folder), ending, *(["--resume"] if resume else [])]
     return subprocess.Popen(command, start_new_session=True)
 
-sys.exit(supervisor.Supervisor(start, folder, 2, supervisor.Supervision(restarts=2, grace=2)).run(False))
+sys.exit(supervisor.Supervisor(start, folder, one_machine(2), supervisor.Supervision(restarts=2, grace=2)).run(False))
 """
 
 
@@ -133,7 +134,7 @@ def test_a_rank_may_be_silent_for_as_long_as_what_it_does_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beat: Beat | None, stopped: bool, seconds: float
 ) -> None:
     launcher = subprocess.Popen(["true"], start_new_session=True)
-    attempt = supervisor.Attempt(Ranks(launcher, 1), tmp_path, 60)
+    attempt = supervisor.Attempt(Ranks(launcher, range(1)), tmp_path, 60)
     monkeypatch.setattr(supervisor, "is_stopped", lambda pid: stopped)
     attempt.ranks.pids[0] = 1
     if beat:
@@ -146,7 +147,7 @@ def test_a_file_of_an_earlier_start_tells_nothing_though_the_process_id_is_the_s
     """As in a container that was started again."""
     launcher = subprocess.Popen(["true"], start_new_session=True)
     write_json(tmp_path / "0.json", asdict(replace(beat("ended", None), code=0)))
-    attempt = supervisor.Attempt(Ranks(launcher, 1), tmp_path, 60)
+    attempt = supervisor.Attempt(Ranks(launcher, range(1)), tmp_path, 60)
     attempt.ranks.pids[0] = 1
     attempt._read()
     assert attempt.beats == {}
@@ -226,7 +227,7 @@ def test_where_ranks_cannot_be_watched_none_is_left(tmp_path: Path, monkeypatch:
     rank = "import subprocess, sys; subprocess.run(['sleep', '60'], env={'RANK': '0'})"
     launcher = subprocess.Popen([sys.executable, "-c", rank], start_new_session=True)
     refusal = pytest.raises(UserError, match=r"cannot be watched \(pidfd_open: Function not implemented\)")
-    with refusal, Ranks(launcher, 1) as ranks:
+    with refusal, Ranks(launcher, range(1)) as ranks:
         wait_for(lambda: ranks.wait(0.1))
     assert launcher.poll() == -signal.SIGKILL
     [pid] = ranks.pids  # killed, if not gone this very moment

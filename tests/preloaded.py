@@ -1,0 +1,7 @@
+"""What the process that ranks are forked from has imported: all that takes seconds, and starts no thread."""
+
+import training.engine
+import training.loop  # noqa: F401
+from training.start import _spare_slow_starts
+
+_spare_slow_starts()
