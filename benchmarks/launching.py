@@ -38,6 +38,9 @@ case $1 in
     requeue) echo "$@" >>asked ;;
 esac
 """,
+    "squeue": """#!/bin/bash
+echo RUNNING
+""",
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh")
+PROGRAMS = ("ip", "tc", "sshd", "ssh", "ssh-keygen", "pdsh")
 
 
 def lacking() -> str:
@@ -49,6 +49,11 @@ class Machines:
     def cut_off(self, number: int) -> None:
         """Take a machine off the switch, as if its cable was pulled; nobody is told."""
         _ip("link", "set", _port(self.names[number]), "down")
+
+    def slow_down(self, number: int, rate: str) -> None:
+        """Limit what a machine gets, such as to `100mbit`."""
+        limit = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
+        subprocess.run(["tc", "qdisc", "add", "dev", _port(self.names[number]), *limit], check=True)
 
     def plug_in(self, number: int) -> None:
         _ip("link", "set", _port(self.names[number]), "up")

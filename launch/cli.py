@@ -509,22 +509,40 @@ def models() -> None:
 @NODE_RANK
 @MASTER_PORT
 @click.option("--cluster", help="With --hostfile: the cluster file that the plan was made with, to be held against it.")
+@click.option("--write-cluster", type=PATH, help="Measure this machine, and write it as a cluster file for m6 plan.")
+@click.option("--ranks", type=click.IntRange(min=1), help="With --write-cluster: as m6 train has it.")
 @JSON
 def doctor(
-    hostfile: Path | None, node_rank: int | None, master_port: int | None, cluster: str | None, as_json: bool
+    hostfile: Path | None,
+    node_rank: int | None,
+    master_port: int | None,
+    cluster: str | None,
+    write_cluster: Path | None,
+    ranks: int | None,
+    as_json: bool,
 ) -> int:
     """What this machine has, what is missing, and what to do about it; or whether all machines of a hostfile are fit.
 
     Those are compared in versions, sizes, clocks, disks and links; exit code 1 if one of them is to be seen to.
     """
+    from launch.nodes import Place
+
     if hostfile is None:
         if cluster or node_rank is not None or master_port:
             raise click.UsageError("--cluster, --node-rank and --master-port go with --hostfile: give that, too")
+        if write_cluster:
+            from launch.measured_cluster import write_cluster as measure_and_write
+
+            measure_and_write(Place(ranks), write_cluster)
+            return 0
+        if ranks:
+            raise click.UsageError("--ranks goes with --write-cluster: give that, too")
         from launch.doctor import examine
 
         return examine(as_json)
+    if write_cluster or ranks:
+        raise click.UsageError("--write-cluster and --ranks are of this machine alone: leave --hostfile out")
     from launch.cluster_doctor import examine_cluster
-    from launch.nodes import Place
 
     return examine_cluster(Place(None, hostfile, node_rank, master_port), cluster, as_json)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,19 +18,21 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from launch.nodes import Nodes, Place, environment_files, passed_on, run_on_all
+from launch.nodes import SSH_PORT, Nodes, OnAll, Place, environment_files, passed_on
 from launch.planner.cluster import Cluster, load_cluster
 from launch.planner.hardware import HOST_SHARE
 from launch.processes import forwarding
 from launch.run import count_gpus, gpu_numbers, launcher_command, rank_environment
 from training.errors import UserError
+from training.run import FOLDER
 
 SLOW = 0.7  # of the middle machine's rate
 LESS = 0.9  # of the middle machine's size
 CLOCK_SECONDS = 1.0
+MOST_SECONDS = 600.0  # that measuring may take
 NEED_SHARED, NEED_LOCKABLE = 10**9, 2**36  # bytes, of a machine with GPUs: NCCL's, page-locked buffers' for offload
 RATES = {
-    "disk_write": "disk write", "disk_read": "disk read", "memory_rate": "memory", "matmul_flops": "matrix products",
+    "disk_write": "disk write", "disk_read": "disk read", "memory_rate": "memory", "products": "matrix products",
     "link": "link", "all_to_all": "all-to-all",
 }  # fmt: skip
 Machine = Mapping[str, Any]  # what launch/preflight.py tells of one
@@ -43,15 +47,11 @@ def examine_cluster(place: Place, plan: str | None, as_json: bool) -> int:
     nodes = place.nodes(1)
     assert place.hostfile
     if place.node_rank is None:
-        if silent := nodes.silent():
-            raise UserError(
-                f"{', '.join(silent)}: cannot be reached from here; mend that, or take it out of the hostfile"
-            )
         chosen = [*(["--cluster", plan] if plan else []), *(["--json"] if as_json else [])]
         own = ["doctor", "--master-port", str(nodes.port), *chosen]
-        return run_on_all(place.hostfile, nodes.names, own, passed_on(os.environ), marked=False)
+        return OnAll(place.hostfile, nodes.names, own, fine=[1]).run(passed_on(os.environ), marked=False)
     os.environ.update(environment_files(os.environ))
-    found = _measure(nodes)
+    found = measure(nodes)
     if found is None:
         return 0  # the first machine tells
     told = [*alike(found), *even(found), *(enough(found, wanted) if wanted else [])]
@@ -62,26 +62,35 @@ def examine_cluster(place: Place, plan: str | None, as_json: bool) -> int:
     return 1 if told else 0
 
 
-def _measure(nodes: Nodes) -> dict[str, Machine] | None:
+def measure(nodes: Nodes) -> dict[str, Machine] | None:
     """What the program on all ranks finds, by machine; None where another machine has that. Raises UserError."""
     gpus = count_gpus()
-    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=".") as folder:
+    if gpus and len(nodes.ranks) > gpus:
+        raise UserError(f"{nodes.names[nodes.here]}: {gpus} GPU(s), and {len(nodes.ranks)} ranks: one has failed?")
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=FOLDER) as folder:
         target = Path(folder, "found.json")
         program = ["launch.preflight", "--to", str(target), "--folder", folder]
         environment = rank_environment(os.environ, len(nodes.ranks), on_gpu=gpus > 0)
         command = launcher_command(program, nodes, gpu_numbers(gpus))
         process = subprocess.Popen(command, env=environment, start_new_session=True)
-        with process, forwarding(process, to_root=True):
-            process.wait()
+        with process, forwarding(process, to_root=True) as received:
+            try:
+                process.wait(MOST_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        if received:
+            sys.exit(128 + received[0])
         if process.returncode:
             silent = ", ".join(nodes.silent())
-            why = f"{silent} cannot be reached" if silent else "its own words are above"
-            raise UserError(f"the machines could not be measured: {why}")
+            why = f"{silent} not reached at port {SSH_PORT}" if silent else "see what was said above"
+            raise UserError(f"{nodes.names[nodes.here]}: the machines could not be measured: {why}")
         if nodes.here:
             return None
         machines = json.loads(target.read_text(encoding="utf-8"))
     for machine in machines:
-        machine["link"] = statistics.median(machine["links"].values()) if machine["links"] else None
+        machine["link"] = max(machine["links"].values(), default=None)  # what slows it may be the other's
+        machine["products"] = next(iter(machine["matmul_flops"].values()))  # of the narrowest precision
     return dict(zip(nodes.names, machines, strict=True))
 
 
@@ -129,7 +138,7 @@ def enough(found: Mapping[str, Machine], wanted: Cluster) -> Iterator[str]:
     plan, ranks = wanted.hardware, wanted.devices_per_node
     needs = {
         "disk_write": HOST_SHARE * plan.disk_write, "disk_read": HOST_SHARE * plan.disk_read,
-        "memory_bytes": LESS * plan.host_bytes, "matmul_flops": plan.family.matmul * plan.peak("bf16"),
+        "memory_bytes": LESS * plan.host_bytes, "products": plan.family.matmul * plan.peak("bf16"),
     }  # fmt: skip
     if len(found) > 1:
         needs["link"] = plan.family.network * plan.network / ranks
@@ -148,7 +157,7 @@ def _size(key: str, value: float) -> str:
 
 
 def _rate(key: str, value: float) -> str:
-    return f"{value / 1e12:.3g} TFLOP/s" if key == "matmul_flops" else f"{decimal(round(value))}/s"
+    return f"{value / 1e12:.3g} TFLOP/s" if key == "products" else f"{decimal(round(value))}/s"
 
 
 def _print(found: Mapping[str, Machine], told: list[str]) -> None:

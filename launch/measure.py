@@ -57,18 +57,21 @@ def copy_rate(device: torch.device) -> float:
     return 2 * COPIED / min(_seconds(lambda: target.copy_(source), device) for _ in range(COPIES))
 
 
-def link_rate(device: torch.device, shift: int, group: dist.ProcessGroup) -> float:
-    """Bytes a second of this rank's exchange with those `shift` places on and back, all ranks of the group at once."""
-    ranks = dist.get_process_group_ranks(group)
-    here, count = ranks.index(dist.get_rank()), len(ranks)
+def partner(here: int, count: int, meeting: int) -> int | None:
+    """Whom one of `count` meets in a round of a tournament in which all meet each other once; None: nobody."""
+    seats = count + count % 2
+    last = seats - 1
+    other = meeting % last if here == last else (2 * meeting - here) % last
+    other = last if other == here else other
+    return other if other < count else None
+
+
+def link_rate(device: torch.device, other: int) -> float:
+    """Bytes a second that this rank sends to another one, which sends as many at once."""
     sent, got = (torch.ones(MESSAGE, dtype=torch.uint8, device=device) for _ in range(2))
 
     def exchange() -> None:
-        works = dist.batch_isend_irecv([
-            dist.P2POp(dist.isend, sent, ranks[(here + shift) % count], group),
-            dist.P2POp(dist.irecv, got, ranks[(here - shift) % count], group),
-        ])  # fmt: skip
-        for work in works:
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, got, other)]):
             work.wait()
 
     return MESSAGE / _best(exchange, device)

@@ -5,23 +5,29 @@ They stand in a hostfile as DeepSpeed's launcher reads it, a line each: `NAME sl
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.processes import hearing, insists
-from training.errors import LEFT, UserError
+from training.errors import MISTAKE, UserError
 
 PORT = 29500  # at which rank 0 is met, as everywhere in the field
 SSH_PORT = 22
 ANSWER_SECONDS = 3.0
+LOOK_SECONDS, ASK_SECONDS = 0.5, 5.0
+LEAVE_SECONDS = 900.0  # that machines have to save and leave, before we do not wait for them any more
 # What other machines are told of this one's environment, but for what is secret. Each reads environment files itself.
 PASSED_ON = ("DS_", "GLOO_", "HF_", "M6_", "NCCL_", "OMP_", "PYTHON", "TORCH_", "WANDB_")
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
@@ -108,17 +114,12 @@ def one_machine(ranks: int) -> Nodes:
 
 def read_hostfile(path: Path) -> dict[str, int]:
     """Ranks by machine. Raises UserError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
-        raise UserError(f"--hostfile {path}: cannot be read ({reason})") from None
     slots: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path, f"--hostfile {path}"), 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        found = re.fullmatch(r"([\w.:-]+)\s+slots=([1-9]\d{0,4})", text)
+        found = re.fullmatch(r"(\w[\w.:-]*)\s+slots=([1-9]\d{0,4})", text)
         if not found:
             raise UserError(f"{path}, line {number}: {text!r} must be NAME slots=RANKS, such as node0 slots=8")
         if found[1] in slots:
@@ -127,6 +128,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not slots:
         raise UserError(f"{path}: names no machine; a line for each, such as node0 slots=8")
     return slots
+
+
+def _lines(path: Path, named: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        raise UserError(f"{named}: cannot be read ({reason})") from None
 
 
 def passed_on(base: Mapping[str, str]) -> dict[str, str]:
@@ -149,7 +158,7 @@ def environment_files(base: Mapping[str, str]) -> dict[str, str]:
 
 def _environment_file(path: Path) -> dict[str, str]:
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path, str(path)), 1):
         text = line.strip()
         if text and not text.startswith("#"):
             key, equals, value = text.partition("=")
@@ -159,39 +168,95 @@ def _environment_file(path: Path) -> dict[str, str]:
     return found
 
 
-def run_on_all(
-    hostfile: Path, names: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str], marked: bool = True
-) -> int:
-    """Run `m6 ARGUMENTS --hostfile H --node-rank N` on all its machines, over ssh; the largest of their exit codes.
+class OnAll:
+    """`m6 ARGUMENTS --hostfile H --node-rank N` on all machines of a hostfile, over ssh.
 
-    The machines need this checkout, its .venv and `runs/` at the same paths. `environment` is set there, too. A signal
-    that should end us is passed on to all; and where one fails, the others are asked to leave. What they print comes
-    with their names before it if `marked`. Raises UserError.
+    They need this checkout, its .venv, the hostfile and `runs/` at the same paths. A signal that should end us is
+    passed on to all; and where one machine fails, the others are asked to leave.
     """
-    own = [*arguments, "--hostfile", str(hostfile.absolute())]
-    settings = [f"{key}={value}" for key, value in environment.items()]
-    program = [sys.executable, "-P", "-c", "from launch.cli import main; main()", *own]
-    command = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(['env', *settings, *program])}"
-    start = pdsh(names, f"{_plain(command)} --node-rank %n")
-    if not marked:
-        start.insert(1, "-N")
-    process = subprocess.Popen(start, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    with process, hearing(lambda received: _end_on_all(names, own, "KILL" if insists(received) else "TERM")):
-        assert process.stderr
-        failed = False
-        for line in process.stderr:
-            ended = ENDED.match(line)
-            if not ended:
-                print(line, end="", file=sys.stderr, flush=True)
-            elif int(ended[2]) != LEFT:
-                print(f"m6: {ended[1]}: ended with code {ended[2]}", file=sys.stderr, flush=True)
-                if not failed and len(names) > 1:
-                    _end_on_all(names, own, "TERM")
-                failed = True
-    return process.returncode
+
+    def __init__(self, hostfile: Path, names: Sequence[str], arguments: Sequence[str], fine: Collection[int]):
+        """`fine`: exit codes of a machine that say nothing of the others."""
+        self.names, self.fine = names, {0, *fine}
+        self.own = [*arguments, "--hostfile", str(hostfile.absolute())]
+        self.codes: dict[str, int] = {}  # of machines that ended with another code than 0
+        self._asked: signal.Signals | None = None  # what the machines are asked with, again and again
+        self._over = threading.Event()
+
+    def run(self, environment: Mapping[str, str], marked: bool) -> int:
+        """The exit code for all, a mistake before any other failure. `environment` is set there, too.
+
+        What they print comes with their names before it if `marked`. Raises UserError.
+        """
+        settings = [f"{key}={value}" for key, value in environment.items()]
+        program = [sys.executable, "-P", "-c", "from launch.cli import main; main()", *self.own]
+        command = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(['env', *settings, *program])}"
+        start = pdsh(self.names, f"{_plain(command)} --node-rank %n", *([] if marked else ["-N"]))
+        process = subprocess.Popen(
+            start, start_new_session=True, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        )
+        asking = threading.Thread(target=self._ask, args=(process,), daemon=True)
+        with process, hearing(self._hear):
+            asking.start()
+            assert process.stderr
+            for line in process.stderr:
+                self._read(line)
+        self._over.set()
+        asking.join()
+        return self._code(process.returncode)
+
+    def _hear(self, received: list[int]) -> None:
+        self._asked = signal.SIGINT if insists(received) else signal.SIGTERM
+
+    def _read(self, line: str) -> None:
+        ended = ENDED.match(line)
+        if not ended:
+            print(line, end="", file=sys.stderr, flush=True)
+            return
+        name, code = ended[1], int(ended[2])
+        self.codes[name] = code
+        if code not in self.fine:
+            print(f"m6: {name}: ended with code {code}", file=sys.stderr, flush=True)
+            self._asked = self._asked or signal.SIGTERM
+
+    def _ask(self, process: subprocess.Popen[str]) -> None:
+        """Ask again until all have ended: a machine may not have started yet when it was asked first.
+
+        Who does not answer, or not any more, is left.
+        """
+        asked_at: float | None = None
+        while not self._over.wait(ASK_SECONDS if asked_at else LOOK_SECONDS):
+            if self._asked is None:
+                continue
+            asked_at = asked_at or time.monotonic()
+            insisting = self._asked == signal.SIGINT
+            self._signal("INT" if insisting else "TERM")
+            if insisting:  # the second of two is what a machine's own supervisor takes for insisting, too
+                time.sleep(ASK_SECONDS)
+                self._signal("INT")
+            if time.monotonic() - asked_at > (ASK_SECONDS if insisting else LEAVE_SECONDS):
+                print("m6: some machines do not answer, and are left to themselves", file=sys.stderr, flush=True)
+                process.kill()
+
+    def _signal(self, name: str) -> None:
+        """To what we started, which is known by its arguments. Brackets keep pkill's own shell from fitting."""
+        pattern = f"[m]ain\\(\\) {re.escape(' '.join(self.own))} --node-rank"
+        kill = pdsh(self.names, _plain(f"LC_ALL=C.UTF-8 pkill -{name} -f -- {shlex.quote(pattern)}"))
+        quiet = subprocess.DEVNULL
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(kill, stdin=quiet, stdout=quiet, stderr=quiet, timeout=ASK_SECONDS, start_new_session=True)
+
+    def _code(self, ended: int) -> int:
+        codes = set(self.codes.values())
+        if MISTAKE in codes:
+            return MISTAKE
+        failures = codes - self.fine
+        if failures or ended < 0:
+            return max(failures, default=1)
+        return max(codes, default=ended)
 
 
-def pdsh(names: Sequence[str], command: str) -> list[str]:
+def pdsh(names: Sequence[str], command: str, *options: str) -> list[str]:
     """The program that runs a command of a shell on all machines at once, its output marked with their names.
 
     `%n` in the command is a machine's number. Raises UserError.
@@ -199,13 +264,7 @@ def pdsh(names: Sequence[str], command: str) -> list[str]:
     if not shutil.which("pdsh"):
         ways = "apt-get install pdsh, or start the same on each machine with its --node-rank"
         raise UserError(f"pdsh, which starts programs on all machines of a hostfile, is missing: {ways}")
-    return ["pdsh", "-S", "-R", "ssh", "-f", str(len(names)), "-w", ",".join(names), command]
-
-
-def _end_on_all(names: Sequence[str], arguments: Sequence[str], signal: str) -> None:
-    """Signal what `run_on_all` started, which is known by its arguments."""
-    pattern = f"[m]ain\\(\\) {re.escape(' '.join(arguments))} --node-rank"  # brackets: not pkill's own shell
-    subprocess.Popen(pdsh(names, _plain(f"pkill -{signal} -f -- {shlex.quote(pattern)}")), start_new_session=True)
+    return ["pdsh", "-S", "-R", "ssh", "-f", str(len(names)), *options, "-w", ",".join(names), command]
 
 
 def _plain(command: str) -> str:

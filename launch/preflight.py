@@ -19,18 +19,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from launch.measure import all_to_all_rate, copy_rate, disk_rates, link_rate
-from training.machine import memory_bytes, usable_cores
+from launch.measure import all_to_all_rate, copy_rate, disk_rates, link_rate, partner
+from training import loop  # noqa: F401  (all that a training process imports)
+from training.machine import memory_bytes, multiplies_bf16, usable_cores
 from training.peak import matmul_flops
 from training.start import init_distributed
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIFTS = 8  # partners that a machine's links are measured with, at the most
+MEETINGS = 8  # other machines that one's link is measured with, at the most
 CLOCK_LOOKS = 5
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -46,32 +49,43 @@ class Facts:
     disk_bytes: int  # free
     disk_write: float
     disk_read: float
-    memory_rate: float
-    matmul_flops: float  # of its first rank, in bf16
+    process_bytes: int  # of a rank that has imported all that training needs, and holds nothing yet
+    memory_rate: float  # of a rank's device, all ranks at once
+    matmul_flops: dict[str, float]  # likewise, by precision
     clock: float = 0.0  # seconds ahead of the middle one
-    links: dict[str, float] | None = None  # to and from others at once, by shift
+    links: dict[int, float] | None = None
     all_to_all: float = 0.0  # of its first rank, all ranks at once
 
 
 def versions() -> dict[str, str]:
     """Of what must agree: the project's own code by a digest."""
     code = hashlib.sha256()
-    for path in sorted(ROOT.glob("*/**/*.py")):
-        if path.relative_to(ROOT).parts[0] in ("model", "training", "launch"):
-            code.update(path.read_bytes())
+    for path in sorted(path for part in ("launch", "model", "training") for path in (ROOT / part).rglob("*.py")):
+        code.update(path.read_bytes())
     named = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
     nccl = {"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if torch.cuda.is_available() else {}
     return {"python": platform.python_version(), **named, **nccl, "code": code.hexdigest()[:8]}
 
 
-def facts(device: torch.device, folder: Path) -> Facts:
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+def facts(folder: Path, process: int, memory_rate: float, flops: dict[str, float]) -> Facts:
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     written, read = disk_rates(folder)
     return Facts(
         versions(), usable_cores(), [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         memory_bytes(), None if locked == resource.RLIM_INFINITY else locked, shutil.disk_usage("/dev/shm").free,
-        shutil.disk_usage(folder).free, written, read, copy_rate(device), matmul_flops(device),
+        shutil.disk_usage(folder).free, written, read, process, memory_rate, flops,
     )  # fmt: skip
+
+
+def links(device: torch.device, ranks: list[int], group: dist.ProcessGroup) -> dict[int, float]:
+    """Bytes a second with machines that this one met, by their numbers. `ranks`: one of each machine."""
+    here, met = ranks.index(dist.get_rank()), {}
+    for meeting in range(min(len(ranks) - 1 + len(ranks) % 2, MEETINGS)):
+        other = partner(here, len(ranks), meeting)
+        if other is not None:
+            met[other] = link_rate(device, ranks[other])
+        dist.barrier(group)
+    return met
 
 
 def clock(first_ranks: dist.ProcessGroup) -> float:
@@ -83,6 +97,10 @@ def clock(first_ranks: dist.ProcessGroup) -> float:
         dist.all_gather_object(times, time.time(), first_ranks)
         best.append(times[dist.get_rank(first_ranks)] - statistics.median_low(times))
     return min(best, key=abs)
+
+
+def _multiplies(kind: torch.dtype, device: torch.device) -> bool:
+    return kind == torch.float32 or device.type == "cuda" or multiplies_bf16()
 
 
 def main() -> None:
@@ -100,16 +118,20 @@ def main() -> None:
     dist.all_gather_object(flags, first)
     ranks = [rank for rank, is_first in enumerate(flags) if is_first]
     group = dist.new_group(ranks)
-    found = asdict(facts(device, arguments.folder)) if first else None
+    dist.barrier()  # rates of all ranks at once, as they share what the machine has in training
+    process = psutil.Process().memory_info().rss
+    rate = copy_rate(device)
+    dist.barrier()
+    flops = {name: matmul_flops(device, kind) for name, kind in PRECISIONS.items() if _multiplies(kind, device)}
+    found = asdict(facts(arguments.folder, process, rate, flops)) if first else None
     dist.barrier()
     if found:  # what is between machines, among one rank of each
-        shifts = range(1, min(len(ranks) - 1, SHIFTS) + 1)
-        found["links"] = {str(shift): link_rate(device, shift, group) for shift in shifts}
+        found["links"] = links(device, ranks, group)
         found["clock"] = clock(group)
     dist.barrier()
-    rate = all_to_all_rate(device)
+    exchanged = all_to_all_rate(device)
     if found:
-        found["all_to_all"] = rate
+        found["all_to_all"] = exchanged
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     if dist.get_rank() == 0:

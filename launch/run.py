@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch import operators
-from launch.nodes import Nodes, Place, environment_files, passed_on, run_on_all
+from launch.nodes import Nodes, OnAll, Place, environment_files, passed_on
 from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
 from launch.supervisor import Supervision, Supervisor
 from training import checkpoint_files
@@ -26,6 +27,8 @@ from training.machine import usable_cores
 from training.recipe import Recipe, load_recipe
 from training.run import CHECKPOINTS, RANKS, SWAP, lock_run, open_run
 
+# On several machines one may be taken for another's that was lost; its lock outlives it for a while.
+LOCK_SECONDS = 120.0
 CPU_RANKS = 2  # so that expert parallelism is at work on any machine
 
 # Freed memory stays with the process. Each step allocates the same large tensors anew; getting pages from
@@ -91,14 +94,17 @@ def launch(run: TrainingRun, place: Place, dry_run: bool = False, supervision: S
 
 def launch_node(run: TrainingRun, nodes: Nodes, gpus: int, supervision: Supervision | None) -> int:
     """Check the recipe, start this machine's ranks, wait for them; the exit code to end with. Raises UserError."""
+    if gpus and len(nodes.ranks) > gpus:
+        raise UserError(f"{len(nodes.ranks)} ranks: this machine has {gpus} GPU(s); give at most that many")
     plan = check(run, nodes, gpus)
     if plan.folder.exists() and not nodes.here:
-        lock_run(plan.folder).close()  # told here, not by a rank that has taken long to start
+        lock_run(plan.folder, LOCK_SECONDS if len(nodes.slots) > 1 else 0.0).close()  # told here, not by a rank, late
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, len(nodes.ranks), on_gpu=gpus > 0)
     start = partial(start_ranks, run, nodes, gpu_numbers(gpus), environment)
     if not supervision and len(nodes.slots) > 1:
-        supervision = Supervision(restarts=0)  # a machine that was cut off would be waited for without end
+        # A machine that was cut off would be waited for without end; a save may take what it takes.
+        supervision = Supervision(restarts=0, grace=math.inf)
     if supervision:
         code = Supervisor(start, plan.folder, nodes, supervision).run(run.resume)
     else:
@@ -112,13 +118,12 @@ def launch_everywhere(run: TrainingRun, hostfile: Path, nodes: Nodes, supervisio
     """Train on all machines of a hostfile, each started from here; the largest of their codes. Raises UserError."""
     open_run(run.name, load_recipe(run.recipe, list(run.overrides)), run.resume, run.allow_change)
     chosen = ["--master-port", str(nodes.port), *(supervision.options() if supervision else [])]
-    return run_on_all(hostfile, nodes.names, ["train", *chosen, *run.arguments()], passed_on(os.environ))
+    started = OnAll(hostfile, nodes.names, ["train", *chosen, *run.arguments()], fine=[LEFT])
+    return started.run(passed_on(os.environ), marked=True)
 
 
 def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
-    if gpus and len(nodes.ranks) > gpus:
-        raise UserError(f"{len(nodes.ranks)} ranks: this machine has {gpus} GPU(s); give at most that many")
     recipe = load_recipe(run.recipe, list(run.overrides))
     folder = open_run(run.name, recipe, run.resume, run.allow_change)
     data = run.data or Path(recipe.data)

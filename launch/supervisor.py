@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.nodes import Nodes
+from launch.nodes import SSH_PORT, Nodes
 from launch.processes import Ranks, hearing, insists, is_stopped
 from launch.stacks import record_stacks
 from training.errors import LEFT, LOST_PEER, MISTAKE
@@ -235,7 +235,10 @@ class Supervisor:
                     self._tell_failure(end, attempt)
             finally:
                 ranks.kill()
-        clear_orphaned_locks(extension_root(), attempt.started)  # or the next attempt would wait for them for ever
+        if (
+            len(self.nodes.slots) == 1
+        ):  # or the next attempt would wait for them for ever; elsewhere others may hold them
+            clear_orphaned_locks(extension_root(), attempt.started)
         return end, attempt
 
     def _pause(self, seconds: float, requests: Sequence[int]) -> bool:
@@ -261,7 +264,7 @@ class Supervisor:
             where = f"no stacks ({error})"
         phase = "/".join(sorted(phases)) or "starting"
         place = "as it started" if phases <= {"starting", "loading"} else f"at step {attempt.step} ({phase})"
-        silent = f"; {', '.join(names)} cannot be reached" if (names := self.nodes.silent()) else ""
+        silent = f"; {', '.join(names)} not reached at port {SSH_PORT}" if (names := self.nodes.silent()) else ""
         _say(f"{end.what}, {place}{silent}; {where}")
         facts = {"what": end.what, "ranks": end.ranks, "unreachable": names, "phase": phase}
         self._record("failed", attempt.step, **facts, stacks=f"{INCIDENTS}/{name}")
@@ -286,10 +289,12 @@ class Supervisor:
         return end.code
 
     def _record(self, event: str, step: int | None, **facts: Any) -> None:
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, "step": step, **facts}
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"time": when, "machine": self.nodes.names[self.nodes.here], "event": event, "step": step, **facts}
         with contextlib.suppress(OSError), (self.folder / f"{INCIDENTS}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _say(text: str) -> None:
-    print(f"m6: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever started us over ssh may be gone
+        print(f"m6: {text}", file=sys.stderr, flush=True)

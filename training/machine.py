@@ -35,10 +35,16 @@ def _cgroup(name: str) -> str:
 
 def cpu_flags() -> set[str]:
     """Instruction-set flags of the first processor (empty where /proc/cpuinfo names none)."""
+    return set(cpu_field("flags").split())
+
+
+def cpu_field(name: str) -> str:
+    """What /proc/cpuinfo says of the first processor; "" if it does not."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.split(":", 1)[1].split())
-    return set()
+        field, _, value = line.partition(":")
+        if field.strip() == name:
+            return value.strip()
+    return ""
 
 
 def multiplies_bf16() -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -123,15 +124,17 @@ def _begun(folder: Path) -> bool:
     return not all(name.startswith(".") or name in left for name in names)
 
 
-def lock_run(folder: Path) -> IO[str]:
+def lock_run(folder: Path, patience: float = 0.0) -> IO[str]:
     """Make the folder this process' alone for as long as the returned file is open. Raises UserError.
+
+    `patience`: seconds to wait for one that holds it.
 
     Two runs in one folder would prune each other's checkpoints and empty each other's swap files.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(lock, patience)
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -143,6 +146,17 @@ def lock_run(folder: Path) -> IO[str]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror})") from None
     return lock
+
+
+def _take(lock: IO[str], patience: float) -> None:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(1)
 
 
 def check_nothing_lost(folder: Path) -> None:

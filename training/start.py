@@ -7,11 +7,14 @@ import functools
 import importlib
 import io
 import os
+import platform
 import resource
 from datetime import timedelta
 from typing import Any
 
 import cpuinfo
+
+from training import machine
 
 PATIENCE = timedelta(hours=1)  # of a rank whose peers read or write; who supervises a run notices a hang much sooner
 
@@ -31,17 +34,23 @@ def _spare_slow_starts() -> None:
     """Leave out what DeepSpeed would do at each start.
 
     ZeRO-3 imports the Muon optimizer, which at once asks torch to compile three functions: that imports the whole
-    compiler. CPU Adam asks py-cpuinfo three times, which starts processes each time. And each CPU rank loads an
+    compiler. CPU Adam asks py-cpuinfo three times, which takes a second each time. And each CPU rank loads an
     operator for all-reduce in tensor-parallel inference, with 69 MB of shared memory that nobody frees: it stays
     taken after the rank's end, until the machine starts anew.
     """
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info = functools.cache(_cpu_info if platform.machine() == "x86_64" else cpuinfo.get_cpu_info)
     compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     compile_whole, compiler.compile = compiler.compile, lambda: lambda function: function
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     compiler.compile = compile_whole
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
+
+
+def _cpu_info() -> dict[str, Any]:
+    """Of what py-cpuinfo finds in a second, what DeepSpeed asks for."""
+    flags, vendor = machine.cpu_flags(), machine.cpu_field("vendor_id")
+    return {"arch": "X86_64", "flags": sorted(flags), "vendor_id_raw": vendor}
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

@@ -77,6 +77,11 @@ def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:
             raise
         return _refused(RestartableError(f"{error.filename}: {error.strerror}; make room, then --resume"), heartbeat)
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT")
+            return _refused(
+                RestartableError(f"port {port} is taken by another program: choose --master-port"), heartbeat
+            )
         if os.environ.get("M6_DEBUG") or not _lost_peer(error):
             raise
         answer(signal.SIG_DFL)
@@ -102,7 +107,7 @@ def _say_once(text: str) -> None:
 
 def _tell(error: UserError, rank: int) -> None:
     """One line, once: a mistake that all ranks see is told by rank 0, which ends the others while they wait."""
-    if rank:
+    if int(os.environ.get("LOCAL_RANK", rank)):  # on several machines each tells it
         time.sleep(LAUNCHER_SECONDS)
     print(f"m6: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
 

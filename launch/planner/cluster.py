@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,10 +18,14 @@ Count = Annotated[int, Field(ge=1, le=10**6, strict=True)]
 
 
 class Device(Section):
+    """`cpu`: a device is a rank's share of its host, and what is on it counts as the host's memory."""
+
+    kind: Literal["gpu", "cpu"] = "gpu"
     name: str
     memory_bytes: Positive
     memory_bytes_per_second: Positive
     peak_flops: dict[str, Positive]  # by precision, of dense products
+    process_bytes: Positive | None = None  # of a rank beside all tensors; assumed if not known
 
     @model_validator(mode="after")
     def _multiplies(self) -> Device:
@@ -91,6 +95,10 @@ class Cluster(Section):
     failures: Failures = Failures()
 
     @property
+    def gpus_per_node(self) -> int:
+        return 0 if self.device.kind == "cpu" else self.devices_per_node
+
+    @property
     def devices(self) -> int:
         return self.nodes * self.devices_per_node
 
@@ -103,7 +111,8 @@ class Cluster(Section):
             device.peak_flops, links.inside_node, links.between_nodes, links.host_to_device,
             links.host_to_devices or links.host_to_device * self.devices_per_node, self.host.memory_bytes,
             self.host.memory_bytes_per_second, disks.bytes, read, disks.write_bytes_per_second or read / 2,
-            self.power.device_watts, self.power.node_watts, self.power.switch_watts,
+            self.power.device_watts, self.power.node_watts, self.power.switch_watts, device.kind == "cpu",
+            device.process_bytes,
         )  # fmt: skip
 
     @property

@@ -39,6 +39,7 @@ FAMILIES = {
     "A100": Family(0.77, 0.57, 0.35, "MLM21, MLM20-A, KOR, AZ, BSA, DSMOE"),
     "H100": Family(0.53, 0.37, 0.55, "MCH100, MXTRL, Q235-1, BR-1, TT-2t, MLP-1"),
     "B200": Family(0.55, 0.22, 0.40, "BR-2, BR-3"),
+    "CPU": Family(0.75, 0.50, 0.80, "benchmarks/plan_here.md"),  # of what was measured, not of a data sheet
 }
 OTHER_FAMILY = Family(0.6, 0.6, 0.4, "")  # about the middle of the fitted ones
 
@@ -73,6 +74,8 @@ class Hardware:
     device_watts: float
     node_watts: float  # while training, host and devices
     switch_watts: float = 0.0  # a node's share of the switches
+    is_cpu: bool = False  # a device is a rank's share of the host and of its memory
+    process_bytes: float | None = None  # of a rank on its device beside all tensors, where it was measured
 
     @property
     def nodes(self) -> float:

@@ -129,19 +129,22 @@ def expert_layer(job: Job) -> float:
     return job.shape.experts * job.shape.expert / max(job.layout.ep, 1)
 
 
-def add_device(terms: Terms, job: Job, states: Term) -> Term:
-    """Returns `memory.device_bytes`, of the fullest device."""
+def add_device(terms: Terms, job: Job, states: Term, context: float = CONTEXT_BYTES) -> Term:
+    """Returns `memory.device_bytes`, of the fullest device. `context`: of a process beside its tensors."""
     tensors = terms.total("memory.tensors", "B", [states, *add_passes(terms, job)])
     return terms.add(
         "memory.device_bytes", "tensors * (1 + fragmented) + context", "B", "fitted to BSA and ZCAP", tensors=tensors,
-        fragmented=FRAGMENTED, context=CONTEXT_BYTES,
+        fragmented=FRAGMENTED, context=context,
     )  # fmt: skip
 
 
-def add_placed(terms: Terms, placed: Mapping[str, Mapping[str, int]], devices: int, buffer: int) -> Term:
+def add_placed(
+    terms: Terms, placed: Mapping[str, Mapping[str, int]], devices: int, buffer: float, process: float
+) -> Term:
     """Terms of a run of ours, whose states are placed layer by layer: `placed`, bytes of a rank by tier and kind.
 
-    `devices`: of a node; `buffer`: host bytes of a rank that a save copies into. Returns the device's states.
+    `devices`: of a node; `buffer`: host bytes of a rank that a save copies into; `process`: of a rank beside all that.
+    Returns the device's states.
     """
     source = "training/placement.py: layer by layer"
     for tier in ("cpu", "nvme"):
@@ -154,7 +157,7 @@ def add_placed(terms: Terms, placed: Mapping[str, Mapping[str, int]], devices: i
     host.append(
         terms.add(
             "memory.cpu.processes", "devices * bytes", "B a node", "libraries, page-locked buffers, data: assumed",
-            devices=devices, bytes=HOST_PROCESS_BYTES,
+            devices=devices, bytes=process,
         )
     )  # fmt: skip
     terms.total("memory.host_bytes_per_node", "B", host)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.planner.memory import add_device, add_placed
-from launch.planner.outcome import add_checkpoint, add_outcome
+from launch.planner.hardware import Hardware
+from launch.planner.memory import CONTEXT_BYTES, HOST_PROCESS_BYTES, add_device, add_placed
+from launch.planner.outcome import CHECKPOINT_BYTES, add_checkpoint, add_outcome
 from launch.planner.step import add_step
 from launch.planner.terms import Terms
 from launch.planner.workload import Work
@@ -49,8 +50,10 @@ def make_plan(work: Work) -> Plan:
     terms.add("parameters.total", "total", "parameters", "model/config.py", total=counts.total)
     terms.add("parameters.active", "active", "parameters", "model/config.py", active=counts.active)
     placed = work.config.placement.bytes(work.config.elements, work.config.sizes)
-    states = add_placed(terms, placed, machine.devices_per_node, work.recipe.save_buffer)
-    add_device(terms, job, states)
+    saved = CHECKPOINT_BYTES * counts.total / machine.devices
+    process = 0 if machine.is_cpu else HOST_PROCESS_BYTES
+    states = add_placed(terms, placed, machine.devices_per_node, min(work.recipe.save_buffer, saved), process)
+    add_device(terms, job, states, machine.process_bytes or CONTEXT_BYTES)
     add_step(terms, job, machine)
     terms.add(
         "flops_utilization", "flops / (seconds * devices * peak)", "share of peak", flops=terms["flops.model"],
@@ -63,6 +66,8 @@ def make_plan(work: Work) -> Plan:
 
 def _limits(terms: Terms, work: Work) -> list[str]:
     machine = work.cluster.hardware
+    if machine.is_cpu:
+        return _limits_of_cpu(terms, machine)
     wants = [
         ("device memory", "device", terms["memory.device_bytes"].value, machine.device_bytes, _relief(work)),
         (
@@ -79,6 +84,17 @@ def _limits(terms: Terms, work: Work) -> list[str]:
         f"{(need - there) / 1e9:,.1f} GB are short: {way}"
         for what, where, need, there, way in wants
         if need > there
+    ]
+
+
+def _limits_of_cpu(terms: Terms, machine: Hardware) -> list[str]:
+    """Ranks' devices and host are one memory."""
+    need = machine.devices_per_node * terms["memory.device_bytes"].value + terms["memory.host_bytes_per_node"].value
+    if need <= machine.host_bytes:
+        return []
+    return [
+        f"memory: {need / 1e9:,.1f} GB a node are needed, {machine.host_bytes / 1e9:,.1f} GB are there, "
+        f"{(need - machine.host_bytes) / 1e9:,.1f} GB are short: take smaller micro-batches, or offload to nvme"
     ]
 
 

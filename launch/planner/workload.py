@@ -67,7 +67,7 @@ def _plain(model: str, cluster: Cluster, changes: list[str]) -> Recipe:
 
 def resolved(recipe: Recipe, cluster: Cluster, tokens: float) -> Work:
     """Raises UserError where the ds_config does not fit the recipe or the cluster's devices."""
-    config = resolve(recipe, cluster.devices, cluster.devices_per_node, Path("swap"), here=False)
+    config = resolve(recipe, cluster.devices, cluster.gpus_per_node, Path("swap"), here=False)
     return Work(recipe, config, cluster, tokens)
 
 

@@ -90,8 +90,7 @@ def test_a_machine_that_was_never_there_is_named_and_the_others_are_let_go(
     two: Machines, sample_corpus: Corpus, tmp_path: Path
 ) -> None:
     start = launching.by_pdsh(tmp_path, train(sample_corpus, *ENDLESS), two)
-    with (tmp_path / "hosts").open("a") as file:
-        file.write("10.77.0.9 slots=1\n")
+    launching.hostfile([two.addresses[0], "10.77.0.9"], tmp_path)
     started = start.processes(tmp_path)
     said = started[0].communicate(timeout=120)[1]
     assert started[0].returncode == 255 and "m6: 10.77.0.9: ended with code 255" in said
@@ -124,7 +123,9 @@ def test_a_machine_that_is_cut_off_ends_the_run_and_is_named(
     assert [process.returncode for process in started] == [1, 1]
     for number, said in enumerate(errors):
         other = two.addresses[1 - number]
-        assert f"m6: rank {number} without a sign of life for " in said and f"; {other} cannot be reached; " in said
+        assert (
+            f"m6: rank {number} without a sign of life for " in said and f"; {other} not reached at port 22; " in said
+        )
 
 
 @on_machines

@@ -1,0 +1,102 @@
+"""Whether the planner foretells small jobs on this very machine: planned from what `m6 doctor` measured, then run.
+
+python -m benchmarks.plan_here [--data data] [--only NAME …]. A few minutes, on a machine that does nothing else. The
+jobs marked "fitted" chose the CPU's constants in `launch/planner/hardware.py`; the others were foretold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.utilisation import RECIPE, ROOT, WARM_UP
+from launch.planner.cluster import load_cluster
+from launch.planner.plan import make_plan
+from launch.planner.workload import load_work
+
+STEPS = 9
+M6 = [sys.executable, "-P", "-c", "from launch.cli import main; main()"]
+COMMON = ["tracking.log_every=1", "tracking.wandb=disabled", "evaluation.every=1000000", "evaluation.rows=1"]
+COMMON += ["evaluation.samples=0", f"steps={STEPS}", f"save_every={WARM_UP}"]
+
+
+class Small(NamedTuple):
+    ranks: int
+    overrides: tuple[str, ...]
+    fitted: bool = False
+
+
+def rows(ranks: int, micro: int, accumulation: int = 1) -> tuple[str, ...]:
+    return f"global_batch={ranks * micro * accumulation}", f"ds.train_micro_batch_size_per_gpu={micro}"
+
+
+JOBS = {
+    "m6-tiny, CPU offload, 2 ranks of 16 rows": Small(2, rows(2, 16), True),
+    "m6-tiny, 2 ranks of 8 rows": Small(2, (f"ds_config={ROOT}/ds_configs/cpu.json", *rows(2, 8)), True),
+    "m6-tiny, 1 rank of 32 rows": Small(1, rows(1, 32), True),
+    "dense, 8 layers of 512, 2 ranks of 8 rows": Small(
+        2, ("model.experts=0", "model.layers=8", "model.hidden=512", "model.ffn=2048", *rows(2, 8)), True
+    ),
+    "m6-tiny, 2 ranks of 2 x 24 rows": Small(2, rows(2, 24, 2)),
+    "m6-tiny, 64 experts, kx, 2 ranks of 16 rows": Small(2, ("model.experts=64", "ds.m6.capacity=kx", *rows(2, 16))),
+    "8 layers of 512, 16 experts, 2 ranks of 8 rows": Small(
+        2, ("model.layers=8", "model.hidden=512", "model.ffn=2048", "model.heads=8", *rows(2, 8))
+    ),
+    "6 layers of 384, ep 1, 2 ranks of 12 rows": Small(
+        2, ("model.layers=6", "model.hidden=384", "model.ffn=1536", "model.heads=6",
+            "ds.expert_parallel.autoep_size=1", *rows(2, 12)),
+    ),
+    "m6-tiny, NVMe, 2 ranks of 16 rows": Small(2, (f"ds_config={ROOT}/ds_configs/nvme.json", *rows(2, 16))),
+    "m6-tiny, recomputed, 1 rank of 48 rows": Small(1, ("ds.m6.recompute=true", *rows(1, 48))),
+}  # fmt: skip
+
+
+def measured(job: Small, data: Path) -> tuple[float, float]:
+    """Seconds of a step and bytes of all ranks, of a run by `m6 train` that saves once on its way."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["train", "--recipe", str(RECIPE), "--name", "small", "--ranks", str(job.ranks), "--data", str(data)]
+        with open(Path(folder, "log"), "w") as log:
+            subprocess.run([*M6, *words, *COMMON, *job.overrides], cwd=folder, check=True, stdout=log)
+        lines = map(json.loads, Path(folder, "runs/small/metrics.jsonl").read_text().splitlines())
+        steps = [line for line in lines if "loss" in line and line["step"] > WARM_UP + 1]
+    return statistics.median(line["step_seconds"] for line in steps), max(line["memory/host_bytes"] for line in steps)
+
+
+def planned(job: Small, cluster: str) -> tuple[float, float]:
+    """The same, foretold."""
+    plan = make_plan(load_work(str(RECIPE), load_cluster(cluster), None, None, [*COMMON, *job.overrides], False))
+    host = plan.terms["memory.host_bytes_per_node"].value
+    return plan.terms["step.seconds"].value, job.ranks * plan.terms["memory.device_bytes"].value + host
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--only", nargs="*", default=list(JOBS))
+    parser.add_argument("--keep", type=Path, help="folder for what was measured; taken from there if it is there")
+    arguments = parser.parse_args()
+    folder = arguments.keep or Path(tempfile.mkdtemp())
+    folder.mkdir(exist_ok=True)
+    print("| job | step, s | planned | off | memory, GB | planned | off |\n|---|---|---|---|---|---|---|")
+    for name in arguments.only:
+        job = JOBS[name]
+        cluster, kept = folder / f"ranks-{job.ranks}.yaml", folder / f"{name}.json"
+        if not cluster.exists():
+            words = ["doctor", "--write-cluster", str(cluster), "--ranks", str(job.ranks)]
+            subprocess.run([*M6, *words], check=True, stdout=subprocess.DEVNULL)
+        if not kept.exists():
+            kept.write_text(json.dumps(measured(job, arguments.data.absolute())))
+        was, told = json.loads(kept.read_text()), planned(job, str(cluster))
+        cells = [f"{was[0]:.3f} | {told[0]:.3f} | {told[0] / was[0] - 1:+.0%}"]
+        cells += [f"{was[1] / 1e9:.2f} | {told[1] / 1e9:.2f} | {told[1] / was[1] - 1:+.0%}"]
+        print(f"| {name}{' (fitted)' if job.fitted else ''} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
