@@ -19,8 +19,9 @@ from benchmarks.utilisation import RECIPE, ROOT, WARM_UP
 from launch.planner.cluster import load_cluster
 from launch.planner.plan import make_plan
 from launch.planner.workload import load_work
+from training.recipe import load_recipe
 
-STEPS = 9
+STEPS = 10
 M6 = [sys.executable, "-P", "-c", "from launch.cli import main; main()"]
 COMMON = ["tracking.log_every=1", "tracking.wandb=disabled", "evaluation.every=1000000", "evaluation.rows=1"]
 COMMON += ["evaluation.samples=0", f"steps={STEPS}", f"save_every={WARM_UP}"]
@@ -39,12 +40,14 @@ def rows(ranks: int, micro: int, accumulation: int = 1) -> tuple[str, ...]:
 JOBS = {
     "m6-tiny, CPU offload, 2 ranks of 16 rows": Small(2, rows(2, 16), True),
     "m6-tiny, 2 ranks of 8 rows": Small(2, (f"ds_config={ROOT}/ds_configs/cpu.json", *rows(2, 8)), True),
-    "m6-tiny, 1 rank of 32 rows": Small(1, rows(1, 32), True),
+    "m6-tiny, 1 rank of 32 rows": Small(1, rows(1, 32)),
     "dense, 8 layers of 512, 2 ranks of 8 rows": Small(
         2, ("model.experts=0", "model.layers=8", "model.hidden=512", "model.ffn=2048", *rows(2, 8)), True
     ),
     "m6-tiny, 2 ranks of 2 x 24 rows": Small(2, rows(2, 24, 2)),
-    "m6-tiny, 64 experts, kx, 2 ranks of 16 rows": Small(2, ("model.experts=64", "ds.m6.capacity=kx", *rows(2, 16))),
+    "m6-tiny, 64 experts, kx, 2 ranks of 16 rows": Small(
+        2, ("model.experts=64", "ds.m6.capacity=kx", *rows(2, 16)), True
+    ),
     "8 layers of 512, 16 experts, 2 ranks of 8 rows": Small(
         2, ("model.layers=8", "model.hidden=512", "model.ffn=2048", "model.heads=8", *rows(2, 8))
     ),
@@ -53,24 +56,34 @@ JOBS = {
             "ds.expert_parallel.autoep_size=1", *rows(2, 12)),
     ),
     "m6-tiny, NVMe, 2 ranks of 16 rows": Small(2, (f"ds_config={ROOT}/ds_configs/nvme.json", *rows(2, 16))),
-    "m6-tiny, recomputed, 1 rank of 48 rows": Small(1, ("ds.m6.recompute=true", *rows(1, 48))),
+    "m6-tiny, recomputed, 1 rank of 48 rows": Small(1, ("ds.m6.recompute=true", *rows(1, 48)), True),
 }  # fmt: skip
 
 
-def measured(job: Small, data: Path) -> tuple[float, float]:
-    """Seconds of a step and bytes of all ranks, of a run by `m6 train` that saves once on its way."""
+def measured(job: Small, data: Path) -> dict[str, float]:
+    """Of a run by `m6 train` that saves once on its way: seconds of a step, bytes of all ranks, how full rows are."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["train", "--recipe", str(RECIPE), "--name", "small", "--ranks", str(job.ranks), "--data", str(data)]
         with open(Path(folder, "log"), "w") as log:
             subprocess.run([*M6, *words, *COMMON, *job.overrides], cwd=folder, check=True, stdout=log)
-        lines = map(json.loads, Path(folder, "runs/small/metrics.jsonl").read_text().splitlines())
+        run = Path(folder, "runs", "small")
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         steps = [line for line in lines if "loss" in line and line["step"] > WARM_UP + 1]
-    return statistics.median(line["step_seconds"] for line in steps), max(line["memory/host_bytes"] for line in steps)
+        facts = json.loads((run / "run.json").read_text())["facts"]
+        config = load_recipe(run / "recipe.yaml", [])
+    positions = config.global_batch * (config.model_shape().image_patches + config.text_positions)
+    return {
+        "seconds": statistics.median(line["step_seconds"] for line in steps),
+        "bytes": max(line["memory/host_bytes"] for line in steps),
+        "before": facts["host_bytes/before_model"],
+        "filled": (steps[-1]["tokens"] - steps[0]["tokens"]) / (len(steps) - 1) / positions,
+    }
 
 
-def planned(job: Small, cluster: str) -> tuple[float, float]:
-    """The same, foretold."""
-    plan = make_plan(load_work(str(RECIPE), load_cluster(cluster), None, None, [*COMMON, *job.overrides], False))
+def planned(job: Small, cluster: str, filled: float) -> tuple[float, float]:
+    """Seconds and bytes, foretold."""
+    overrides = [*COMMON, *job.overrides]
+    plan = make_plan(load_work(str(RECIPE), load_cluster(cluster), None, None, overrides, False, filled))
     host = plan.terms["memory.host_bytes_per_node"].value
     return plan.terms["step.seconds"].value, job.ranks * plan.terms["memory.device_bytes"].value + host
 
@@ -92,9 +105,10 @@ def main() -> None:
             subprocess.run([*M6, *words], check=True, stdout=subprocess.DEVNULL)
         if not kept.exists():
             kept.write_text(json.dumps(measured(job, arguments.data.absolute())))
-        was, told = json.loads(kept.read_text()), planned(job, str(cluster))
-        cells = [f"{was[0]:.3f} | {told[0]:.3f} | {told[0] / was[0] - 1:+.0%}"]
-        cells += [f"{was[1] / 1e9:.2f} | {told[1] / 1e9:.2f} | {told[1] / was[1] - 1:+.0%}"]
+        was = json.loads(kept.read_text())
+        told = planned(job, str(cluster), was["filled"])
+        cells = [f"{was['seconds']:.3f} | {told[0]:.3f} | {told[0] / was['seconds'] - 1:+.0%}"]
+        cells += [f"{was['bytes'] / 1e9:.2f} | {told[1] / 1e9:.2f} | {told[1] / was['bytes'] - 1:+.0%}"]
         print(f"| {name}{' (fitted)' if job.fitted else ''} | {' | '.join(cells)} |", flush=True)
 
 

@@ -464,6 +464,13 @@ def rehearse(
 @click.option(
     "--tokens", type=click.FloatRange(min=1), help="Trained on; a recipe's steps, or a billion, if not given."
 )
+@click.option(
+    "--filled",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of a row's positions that hold something: the others are left out, and take memory but no time.",
+)
 @click.option("--delinked", is_flag=True, help="The recipe's training after its layers were delinked.")
 @click.option("--search", is_flag=True, help="Find the cheapest settings that fit, and say why the rest lost.")
 @click.option("--explain", metavar="KEY", help="Show a term's formula with the numbers put in, such as step.seconds.")
@@ -475,6 +482,7 @@ def plan(
     cluster: str | None,
     ds_config: str | None,
     tokens: float | None,
+    filled: float,
     delinked: bool,
     search: bool,
     explain: str | None,
@@ -487,7 +495,7 @@ def plan(
     """
     from launch.plan import Request, plan_search, plan_training, plan_validation
 
-    request = Request(model, cluster, ds_config, tokens, overrides, delinked)
+    request = Request(model, cluster, ds_config, tokens, overrides, delinked, filled)
     if validate:
         plan_validation(validate, as_json)
     elif search:

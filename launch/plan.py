@@ -32,6 +32,7 @@ class Request:
     tokens: float | None
     overrides: Sequence[str]
     delinked: bool
+    filled: float = 1.0
 
     def work(self) -> Work:
         """Raises UserError."""
@@ -40,7 +41,7 @@ class Request:
                 raise UserError(f"{name} is missing: a plan needs a model, a cluster and a ds_config")
         assert self.model and self.cluster
         cluster = load_cluster(self.cluster)
-        return load_work(self.model, cluster, self.ds_config, self.tokens, self.overrides, self.delinked)
+        return load_work(self.model, cluster, self.ds_config, self.tokens, self.overrides, self.delinked, self.filled)
 
 
 def plan_training(request: Request, as_json_text: bool, explained: str | None) -> None:
@@ -91,7 +92,7 @@ def show(made: Plan, console: Console) -> None:
         f"{number(terms['parameters.total'].value)} parameters, {number(terms['parameters.active'].value)} active"
         f"{' (layers share their weights)' if model.share_layers else ''}\n"
         f"{layout.devices} x {work.cluster.device.name}, ep {layout.ep}, micro-batch {layout.micro_batch} rows x "
-        f"{layout.micro_batches}, {number(work.job.tokens)} positions a step\n"
+        f"{layout.micro_batches}, {number(work.usual.tokens)} positions a step\n"
         f"weights on {work.config.placement.parameters}; optimizer on {work.config.placement.optimizer}; "
         f"{work.config.precision}"
     )

@@ -16,7 +16,7 @@ class Shape:
     hidden: int
     ffn: int
     heads: int
-    seq: int  # positions of a row
+    seq: float  # positions of a row
     vocab: int
     common: float
     outside: float  # parameters of no layer: embeddings, head
@@ -107,11 +107,11 @@ class Job:
     layout: Layout
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """Positions of a step."""
         return self.layout.rows * self.shape.seq
 
     @property
-    def micro_tokens(self) -> int:
+    def micro_tokens(self) -> float:
         """Positions of a micro-batch on one model-parallel group."""
         return self.layout.micro_batch * self.shape.seq

@@ -43,14 +43,14 @@ def add_optimizer(terms: Terms, job: Job, machine: Hardware) -> Term:
         "step.device_adam", "on_device * (2 * state + gradient + weight) * parameters / (bandwidth * share)", "s",
         "states are read and written, gradients read, weights written", on_device=layout.optimizer.device,
         state=layout.state_bytes, gradient=layout.gradient_bytes, weight=layout.weight_bytes, parameters=total / shards,
-        bandwidth=machine.device_bandwidth, share=machine.family.memory,
+        bandwidth=machine.device_bandwidth, share=machine.family.update if machine.is_cpu else machine.family.memory,
     )  # fmt: skip
     here = states_here(layout, total, machine)
     host = terms.add(
         "step.cpu_adam", "offloaded * (2 * state + gradient + weight) * parameters / (bandwidth * share)", "s",
         "CPU Adam is bound by host memory", offloaded=1 - layout.optimizer.device, state=layout.state_bytes,
         gradient=layout.gradient_bytes, weight=layout.weight_bytes, parameters=here, bandwidth=machine.host_bandwidth,
-        share=HOST_SHARE,
+        share=machine.family.update,
     )  # fmt: skip
     copies = terms.add(
         "step.host_updates", "offloaded * (gradient + weight) * parameters / (link * share)", "s",

@@ -54,12 +54,12 @@ def make_plan(work: Work) -> Plan:
     process = 0 if machine.is_cpu else HOST_PROCESS_BYTES
     states = add_placed(terms, placed, machine.devices_per_node, min(work.recipe.save_buffer, saved), process)
     add_device(terms, job, states, machine.process_bytes or CONTEXT_BYTES)
-    add_step(terms, job, machine)
+    add_step(terms, work.usual, machine)
     terms.add(
         "flops_utilization", "flops / (seconds * devices * peak)", "share of peak", flops=terms["flops.model"],
         seconds=terms["step.seconds"], devices=machine.devices, peak=machine.peak(job.layout.precision),
     )  # fmt: skip
-    add_outcome(terms, machine, work.cluster, work.tokens, job.tokens)
+    add_outcome(terms, machine, work.cluster, work.tokens, work.usual.tokens)
     add_checkpoint(terms, machine, work.cluster, counts.total, work.recipe.save_every)
     return Plan(work, terms, _limits(terms, work), _remarks(work))
 
@@ -150,7 +150,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "remarks": plan.remarks,
         "step": {
             "seconds": plan.estimate("step.seconds"),
-            "tokens": plan.work.job.tokens,
+            "tokens": plan.work.usual.tokens,
             "parts": {name: terms[f"step.{name}"].value for name in PARTS},
         },
         "tokens_per_second": plan.estimate("tokens_per_second"),

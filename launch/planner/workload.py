@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.planner.cluster import Cluster
@@ -29,14 +29,27 @@ class Work:
     config: DSConfig
     cluster: Cluster
     tokens: float  # positions to be trained on
+    filled: float = 1.0  # share of a row's positions that hold something; the others are left out of all work
 
     @property
     def job(self) -> Job:
-        return Job(_shape(self.recipe, self.config), _layout(self.config, self.cluster))
+        """With full rows, for which there has to be memory."""
+        return Job(_shape(self.recipe, self.config, 1.0), _layout(self.config, self.cluster))
+
+    @property
+    def usual(self) -> Job:
+        """With rows as they are, which take the time."""
+        return Job(_shape(self.recipe, self.config, self.filled), _layout(self.config, self.cluster))
 
 
 def load_work(
-    model: str, cluster: Cluster, ds_config: str | None, tokens: float | None, overrides: Sequence[str], delinked: bool
+    model: str,
+    cluster: Cluster,
+    ds_config: str | None,
+    tokens: float | None,
+    overrides: Sequence[str],
+    delinked: bool,
+    filled: float = 1.0,
 ) -> Work:
     """`model`: a preset's name or a recipe's path. Raises UserError."""
     changes = [*([f"ds_config={ds_config}"] if ds_config else []), *overrides]
@@ -49,9 +62,9 @@ def load_work(
         if not recipe.delink.wanted:
             raise UserError("--delinked: the recipe has no delink.after or delink.flat; leave it out")
         recipe = recipe.delinked()
-    work = resolved(recipe, cluster, tokens or TOKENS)
+    work = replace(resolved(recipe, cluster, tokens or TOKENS), filled=filled)
     if steps and not tokens:
-        return Work(recipe, work.config, cluster, steps * work.job.tokens)
+        return replace(work, tokens=steps * work.usual.tokens)
     return work
 
 
@@ -71,10 +84,11 @@ def resolved(recipe: Recipe, cluster: Cluster, tokens: float) -> Work:
     return Work(recipe, config, cluster, tokens)
 
 
-def _shape(recipe: Recipe, config: DSConfig) -> Shape:
+def _shape(recipe: Recipe, config: DSConfig, filled: float) -> Shape:
     model = config.model
     counts, layers = model.parameter_counts(), 1 if model.share_layers else model.layers
-    seq = model.image_patches + recipe.text_positions
+    positions = model.image_patches + recipe.text_positions
+    seq = positions * filled
     outside = counts.embeddings + counts.image + counts.bags
     common = counts.attention + counts.norms + counts.routers
     return Shape(
@@ -83,11 +97,11 @@ def _shape(recipe: Recipe, config: DSConfig) -> Shape:
         head=model.vocab * model.hidden, experts=model.experts,
         expert=model.expert_parameters if model.experts else 0.0, expert_layers=model.layers if model.experts else 0,
         rows=expert_rows(model, config.micro_batch * seq),
-        targets=recipe.text_positions / seq, shared=model.share_layers,
+        targets=recipe.text_positions / positions, shared=model.share_layers,
     )  # fmt: skip
 
 
-def expert_rows(model: ModelConfig, tokens: int) -> float:
+def expert_rows(model: ModelConfig, tokens: float) -> float:
     """Rows through experts a token and layer: k of them, or as many as there are places.
 
     Places are counted a rank and micro-batch (`model/moe.py`), at least one an expert: with more experts than tokens
