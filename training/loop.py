@@ -39,6 +39,7 @@ from training.run import (
 )
 from training.safeguard import Safeguard, not_finite
 from training.schedule import learning_rate
+from training.start import check_alike
 from training.stopping import StopRequest, StopRequested
 from training.tracking import Tracker
 
@@ -78,6 +79,7 @@ class Training:
         found = self._found() if resume else None
         self.recipe = recipe = recipe.delinked() if self._is_delinked(found) else recipe
         self.config = ds_config.resolve(recipe, world, torch.cuda.device_count(), self.folder / SWAP)
+        check_alike(self.config.values)
         if recipe.delink.wanted:
             self._check_later(recipe.delinked(), world)
         self.corpus = open_corpus(recipe, self.config.model)

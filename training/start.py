@@ -9,12 +9,17 @@ import io
 import os
 import platform
 import resource
+import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import cpuinfo
+import torch.distributed as dist
 
 from training import machine
+from training.errors import UserError
+from training.recipe import leaves
 
 PATIENCE = timedelta(hours=1)  # of a rank whose peers read or write; who supervises a run notices a hang much sooner
 
@@ -28,6 +33,21 @@ def init_distributed() -> None:
     deepspeed: Any = importlib.import_module("deepspeed")
     with _quiet():
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Raise UserError on a rank whose settings are not the first one's. Collective.
+
+    `auto` may mean one thing on one machine and another on the next; such ranks would wait for one another for ever.
+    """
+    mine = dict(leaves(settings))
+    told: list[Any] = [mine]
+    dist.broadcast_object_list(told, 0)
+    first = told[0]
+    other = [key for key in {**mine, **first} if mine.get(key) != first.get(key)]
+    if other:
+        differences = ", ".join(f"{key}={mine.get(key)} (rank 0: {first.get(key)})" for key in other)
+        raise UserError(f"on {socket.gethostname()} the ds_config comes to {differences}: say in the recipe's ds which")
 
 
 def _spare_slow_starts() -> None:

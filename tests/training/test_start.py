@@ -1,10 +1,12 @@
 """What a rank starts with, and what it leaves behind."""
 
+import os
 import sys
 from pathlib import Path
 
 from tests.ranks import run_ranks
-from training.start import init_distributed
+from training.errors import UserError
+from training.start import check_alike, init_distributed
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -25,3 +27,19 @@ def test_ranks_take_no_shared_memory_and_load_no_compiler():
         assert taken <= before, "nobody frees it: it would stay taken after the ranks' end"
         assert not compiler
     assert shared_memory() <= before
+
+
+def unlike() -> str:
+    init_distributed()
+    own = {"bf16": {"enabled": os.environ["RANK"] == "0"}, "zero_optimization": {"stage": 3}}
+    check_alike({"zero_optimization": {"stage": 3}})
+    try:
+        check_alike(own)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_whose_settings_are_not_the_first_ones_says_which():
+    first, second = run_ranks(2, unlike)
+    assert first == "" and "the ds_config comes to bf16.enabled=False (rank 0: True): say in the recipe's ds" in second
