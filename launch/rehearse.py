@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,6 +30,7 @@ from training.rank_share import Room, extrapolate, needed
 from training.recipe import Recipe, load_recipe, parse_recipe
 from training.run import SWAP
 
+LEFT_SHARE, WATCH_SECONDS = 0.03, 0.2  # of the machine's memory, which a rehearsal must leave free
 PHASES = 4  # that a rehearsal tells of
 # Of a model without a recipe, as M6-T trained: 8 rows a GPU, of 16 patches and, as is recalled, some 128 positions.
 ROWS, TEXT_POSITIONS = 8, 112
@@ -183,7 +187,11 @@ def _measure(job: Job, layers: int, gpus: int, swap: Path) -> dict[str, Any]:
         assert process.stdin and process.stdout
         process.stdin.write(job.with_layers(layers).model_dump_json())
         process.stdin.close()
-        found = _listen(process.stdout, f"{layers} of {job.whole} layers")
+        with _ended_when_memory_is(process) as ended:
+            found = _listen(process.stdout, f"{layers} of {job.whole} layers")
+    if ended.is_set():
+        fewer = f"; try --layers {layers - 1}" if layers > 2 else ""
+        raise UserError(f"rank {job.rank} with {layers} layers was ended: it has taken all memory but a trace{fewer}")
     if received:
         sys.exit(128 + received[0])
     if process.returncode == MISTAKE:
@@ -192,6 +200,31 @@ def _measure(job: Job, layers: int, gpus: int, swap: Path) -> dict[str, Any]:
         died = f", killed by signal {-process.returncode}; most likely memory ran out" if process.returncode < 0 else ""
         raise UserError(f"rank {job.rank} with {layers} layers came to no end{died}; its own words are above")
     return found
+
+
+@contextlib.contextmanager
+def _ended_when_memory_is(process: subprocess.Popen) -> Iterator[threading.Event]:
+    """Meanwhile, kill a process that leaves the machine hardly any memory, and set what is yielded.
+
+    The check beforehand counts what is sure to be needed, not what a step needs at the most; and a machine that has
+    run out answers nobody for a long time.
+    """
+    over, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCH_SECONDS):
+            memory = psutil.virtual_memory()
+            if memory.available < LEFT_SHARE * memory.total:
+                ended.set()
+                return process.kill()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield ended
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _environment(job: Job, gpus: int) -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 from launch.rehearse import Job, check_room, recipe_of, rehearse_rank
 from training.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.hidden=64", "model.ffn=128", "model.experts=8", "model.layers=4", "text_positions=32"]
 
 
@@ -93,3 +94,11 @@ def test_the_command_tells_json(tmp_path: Path) -> None:
     assert told["memory"]["host_bytes"] > told["built"][1]["memory"]["host_bytes"]
     assert "1 of 4 layers: building" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_one_that_takes_all_memory_is_ended_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What counts as all is lowered to what is taken already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.rehearse.LEFT_SHARE", 1.0)
+    message = refused(job("m6-tiny", 8, 0, 4, *SMALL, f"ds_config={ROOT}/ds_configs/cpu.json"))
+    assert message == "rank 0 with 4 layers was ended: it has taken all memory but a trace; try --layers 3"
