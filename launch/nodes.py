@@ -206,6 +206,8 @@ class OnAll:
         return self._code(process.returncode)
 
     def _hear(self, received: list[int]) -> None:
+        if self._asked is None:
+            print("m6: asking all machines to leave; Ctrl-C again ends them at once", file=sys.stderr, flush=True)
         self._asked = signal.SIGINT if insists(received) else signal.SIGTERM
 
     def _read(self, line: str) -> None:
