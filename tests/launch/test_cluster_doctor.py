@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import launching
-from benchmarks.machines import lacking, machines
+from benchmarks.machines import machines
 from launch.cluster_doctor import alike, enough, even
 from launch.measure import partner
 from launch.planner.cluster import load_cluster
-
-on_machines = pytest.mark.skipif(bool(lacking()), reason=f"no machines can be made: {lacking()}")
+from tests.marks import MACHINES
 
 
 def cluster(count: int = 4) -> dict[str, dict[str, Any]]:
@@ -91,7 +90,7 @@ def test_all_machines_meet_each_other_once(count: int) -> None:
         assert sorted(others) == [other for other in range(count) if other != here]
 
 
-@on_machines
+@MACHINES
 def test_the_machine_with_a_slow_link_is_named(tmp_path: Path) -> None:
     """Two others have links of their machine's memory, a hundred times as fast."""
     (tmp_path / "keys").mkdir()

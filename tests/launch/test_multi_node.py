@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from benchmarks import launching
-from benchmarks.machines import Machines, lacking, machines
+from benchmarks.machines import Machines, machines
+from tests.marks import MACHINES
 from training import checkpoint_files, heartbeat
 from training.data.corpus import Corpus
 from training.run import RANKS
 
 pytestmark = pytest.mark.timeout(600)
-on_machines = pytest.mark.skipif(bool(lacking()), reason=f"no machines can be made: {lacking()}")
 ENDLESS = ("steps=100000", "save_every=100000")
 
 # `m6` with a supervisor whose patience of minutes is cut to seconds.
@@ -68,7 +68,7 @@ def end(processes: Sequence[subprocess.Popen[str]]) -> None:
                     member.kill()
 
 
-@on_machines
+@MACHINES
 def test_two_machines_train_as_one_and_leave_when_the_first_is_asked(
     two: Machines, alone: list[float], sample_corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -85,7 +85,7 @@ def test_two_machines_train_as_one_and_leave_when_the_first_is_asked(
     assert f"stopped on request at step {step}, saved; go on with --resume" in said
 
 
-@on_machines
+@MACHINES
 def test_a_machine_that_was_never_there_is_named_and_the_others_are_let_go(
     two: Machines, sample_corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -108,7 +108,7 @@ def impatient(start: launching.Start) -> launching.Start:
     return launching.Start(words, start.environment)
 
 
-@on_machines
+@MACHINES
 def test_a_machine_that_is_cut_off_ends_the_run_and_is_named(
     two: Machines, sample_corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -128,7 +128,7 @@ def test_a_machine_that_is_cut_off_ends_the_run_and_is_named(
         )
 
 
-@on_machines
+@MACHINES
 def test_a_supervised_run_goes_on_once_the_machine_is_back(
     two: Machines, sample_corpus: Corpus, tmp_path: Path
 ) -> None:
