@@ -22,7 +22,7 @@ from launch.nodes import SSH_PORT, Nodes, OnAll, Place, environment_files, passe
 from launch.planner.cluster import Cluster, load_cluster
 from launch.planner.hardware import HOST_SHARE
 from launch.processes import forwarding
-from launch.run import count_gpus, gpu_numbers, launcher_command, rank_environment
+from launch.run import check_gpus, count_gpus, gpu_numbers, launcher_command, rank_environment
 from training.errors import UserError
 from training.run import FOLDER
 
@@ -65,8 +65,7 @@ def examine_cluster(place: Place, plan: str | None, as_json: bool) -> int:
 def measure(nodes: Nodes) -> dict[str, Machine] | None:
     """What the program on all ranks finds, by machine; None where another machine has that. Raises UserError."""
     gpus = count_gpus()
-    if gpus and len(nodes.ranks) > gpus:
-        raise UserError(f"{nodes.names[nodes.here]}: {gpus} GPU(s), and {len(nodes.ranks)} ranks: one has failed?")
+    check_gpus(nodes, gpus)
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=FOLDER) as folder:
         target = Path(folder, "found.json")

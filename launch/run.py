@@ -85,6 +85,8 @@ def launch(run: TrainingRun, place: Place, dry_run: bool = False, supervision: S
         os.environ.update(environment_files(os.environ))
     gpus = count_gpus()
     nodes = place.nodes(gpus or CPU_RANKS)
+    if not place.hostfile or place.node_rank is not None:
+        check_gpus(nodes, gpus)
     if dry_run:
         return show(run, nodes, gpus, [*place.options(), *(supervision.options() if supervision else [])])
     if place.hostfile and place.node_rank is None:
@@ -94,8 +96,6 @@ def launch(run: TrainingRun, place: Place, dry_run: bool = False, supervision: S
 
 def launch_node(run: TrainingRun, nodes: Nodes, gpus: int, supervision: Supervision | None) -> int:
     """Check the recipe, start this machine's ranks, wait for them; the exit code to end with. Raises UserError."""
-    if gpus and len(nodes.ranks) > gpus:
-        raise UserError(f"{len(nodes.ranks)} ranks: this machine has {gpus} GPU(s); give at most that many")
     plan = check(run, nodes, gpus)
     if plan.folder.exists() and not nodes.here:
         lock_run(plan.folder, LOCK_SECONDS if len(nodes.slots) > 1 else 0.0).close()  # told here, not by a rank, late
@@ -207,6 +207,12 @@ def count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def check_gpus(nodes: Nodes, gpus: int) -> None:
+    """Raise UserError if this machine has GPUs, but not one for each of its ranks."""
+    if gpus and len(nodes.ranks) > gpus:
+        raise UserError(f"{len(nodes.ranks)} ranks: this machine has {gpus} GPU(s); give at most that many")
 
 
 def gpu_numbers(gpus: int) -> list[str]:

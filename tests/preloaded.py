@@ -2,6 +2,6 @@
 
 import training.engine
 import training.loop  # noqa: F401
-from training.start import _spare_slow_starts
+from training.start import spare_slow_starts
 
-_spare_slow_starts()
+spare_slow_starts()

@@ -26,7 +26,7 @@ PATIENCE = timedelta(hours=1)  # of a rank whose peers read or write; who superv
 
 def init_distributed() -> None:
     """Form the group of all ranks, as the launcher's environment says: over NCCL on GPUs, over gloo on CPUs."""
-    _spare_slow_starts()
+    spare_slow_starts()
     # Gloo connects every rank with every other one, once a group: 512 ranks would meet the usual limit.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -50,7 +50,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
         raise UserError(f"on {socket.gethostname()} the ds_config comes to {differences}: say in the recipe's ds which")
 
 
-def _spare_slow_starts() -> None:
+def spare_slow_starts() -> None:
     """Leave out what DeepSpeed would do at each start.
 
     ZeRO-3 imports the Muon optimizer, which at once asks torch to compile three functions: that imports the whole
