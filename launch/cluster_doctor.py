@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from launch.nodes import SSH_PORT, Nodes, OnAll, Place, environment_files, passed_on
+from launch.environment import environment_files, passed_on
+from launch.everywhere import OnAll
+from launch.nodes import SSH_PORT, Nodes, Place
 from launch.planner.cluster import Cluster, load_cluster
 from launch.planner.hardware import HOST_SHARE
 from launch.processes import forwarding

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch import operators
-from launch.nodes import Nodes, OnAll, Place, environment_files, passed_on
+from launch.environment import environment_files, passed_on
+from launch.everywhere import OnAll
+from launch.nodes import Nodes, Place
 from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
 from launch.supervisor import Supervision, Supervisor
 from training import checkpoint_files

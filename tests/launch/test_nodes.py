@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.nodes import Nodes, Place, environment_files, passed_on, read_hostfile
+from launch.environment import environment_files, passed_on
+from launch.nodes import Nodes, Place, read_hostfile
 from training.errors import UserError
 
 
