@@ -33,8 +33,8 @@ import psutil
 from tests.data_sample import build_sample
 from training.extensions import prepare_extensions
 from training.heartbeat import read_beat
+from training.records import Record, read_lines
 from training.run import CHECKPOINTS, INCIDENTS, RANKS
-from training.tracking import Record, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK_COUNT, SAVE_EVERY, STEPS_A_KILL = 2, 4, 10

@@ -24,8 +24,8 @@ from pathlib import Path
 from benchmarks.study_results import Panel, Result, drawn, tables
 from launch.checkpoints import delink_run
 from training.recipe import load_recipe
+from training.records import read_json, read_lines
 from training.run import CHECKPOINTS, FOLDER, RECIPE
-from training.tracking import read_json, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = Path(__file__).with_suffix(".yaml")

@@ -77,6 +77,7 @@ def show(folder: Path) -> None:
     show_default=True,
     help="With --supervise: seconds to save and leave on request.",
 )
+@click.option("--cluster", help="Plan the run for this cluster (as `m6 plan`), and show the plan beside what comes.")
 @click.option("--dry-run", is_flag=True, help="Check the settings and print what would run; start nothing.")
 @HOSTFILE
 @NODE_RANK
@@ -92,6 +93,7 @@ def train(
     supervise: bool,
     restarts: int,
     grace: float,
+    cluster: str | None,
     dry_run: bool,
     hostfile: Path | None,
     node_rank: int | None,
@@ -105,7 +107,7 @@ def train(
     from launch.run import TrainingRun, launch
     from launch.supervisor import Supervision
 
-    run = TrainingRun(recipe, overrides, name or recipe.stem, folder, resume, allow_change)
+    run = TrainingRun(recipe, overrides, name or recipe.stem, folder, resume, allow_change, cluster)
     place = Place(ranks, hostfile, node_rank, master_port)
     return launch(run, place, dry_run, Supervision(restarts, grace) if supervise else None)
 
@@ -126,11 +128,22 @@ def image_tokenizer(recipe: Path, overrides: tuple[str, ...], name: str | None) 
 
 @m6.command()
 @click.argument("run")
-def report(run: str) -> None:
+@click.option("--to-loss", type=click.FloatRange(min=0), help="Tell the tokens, time and energy to this training loss.")
+def report(run: str, to_loss: float | None) -> None:
     """Write the run's report, one HTML file, and say where it is. RUN: a name under runs/, or a folder."""
     from launch.report import report_on
 
-    report_on(run)
+    report_on(run, to_loss)
+
+
+@m6.command()
+@click.argument("run")
+@click.option("--once", is_flag=True, help="Print it once; as where there is no terminal.")
+def watch(run: str, once: bool) -> None:
+    """Watch a run on the terminal while it trains; Ctrl-C leaves it alone. RUN: a name under runs/, or a folder."""
+    from launch.watch import watch as watch_run
+
+    watch_run(run, once)
 
 
 @m6.command()

@@ -19,6 +19,7 @@ from launch import operators
 from launch.environment import environment_files, passed_on
 from launch.everywhere import OnAll
 from launch.nodes import Nodes, Place
+from launch.planned import write_plan
 from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
 from launch.supervisor import Supervision, Supervisor
 from training import checkpoint_files
@@ -47,7 +48,7 @@ KEEP_FREED_MEMORY = ":".join(
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What `training.train` is told; `data` None leaves the recipe's own."""
+    """What is trained. `data` None leaves the recipe's own."""
 
     recipe: Path
     overrides: tuple[str, ...] = ()
@@ -55,8 +56,10 @@ class TrainingRun:
     data: Path | None = None
     resume: bool = False
     allow_change: tuple[str, ...] = ()  # keys of the recipe, on resume
+    cluster: str | None = None  # what is planned for, to stand beside what comes
 
     def arguments(self) -> list[str]:
+        """Those of `training.train`."""
         arguments = ["--recipe", str(self.recipe), "--name", self.name]
         if self.data is not None:
             arguments += ["--data", str(self.data)]
@@ -65,6 +68,10 @@ class TrainingRun:
         for key in self.allow_change:
             arguments += ["--allow-change", key]
         return [*arguments, *self.overrides]
+
+    def words(self) -> list[str]:
+        """Those of `m6 train` that say the same."""
+        return [*(["--cluster", self.cluster] if self.cluster else []), *self.arguments()]
 
 
 class Plan(NamedTuple):
@@ -101,6 +108,8 @@ def launch_node(run: TrainingRun, nodes: Nodes, gpus: int, supervision: Supervis
     plan = check(run, nodes, gpus)
     if plan.folder.exists() and not nodes.here:
         lock_run(plan.folder, LOCK_SECONDS if len(nodes.slots) > 1 else 0.0).close()  # told here, not by a rank, late
+    if run.cluster:
+        write_plan(plan.folder, plan.recipe, run.cluster, nodes.world)
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, len(nodes.ranks), on_gpu=gpus > 0)
     start = partial(start_ranks, run, nodes, gpu_numbers(gpus), environment)
@@ -120,15 +129,16 @@ def launch_everywhere(run: TrainingRun, hostfile: Path, nodes: Nodes, supervisio
     """Train on all machines of a hostfile, each started from here; the largest of their codes. Raises UserError."""
     open_run(run.name, load_recipe(run.recipe, list(run.overrides)), run.resume, run.allow_change)
     chosen = ["--master-port", str(nodes.port), *(supervision.options() if supervision else [])]
-    started = OnAll(hostfile, nodes.names, ["train", *chosen, *run.arguments()], fine=[LEFT])
+    started = OnAll(hostfile, nodes.names, ["train", *chosen, *run.words()], fine=[LEFT])
     return started.run(passed_on(os.environ), marked=True)
 
 
 def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
     recipe = load_recipe(run.recipe, list(run.overrides))
-    folder = open_run(run.name, recipe, run.resume, run.allow_change)
-    data = run.data or Path(recipe.data)
+    if run.data is not None:
+        recipe = recipe.model_copy(update={"data": str(run.data)})
+    folder, data = open_run(run.name, recipe, run.resume, run.allow_change), Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
     if recipe.delink.wanted:
@@ -143,7 +153,7 @@ def show(run: TrainingRun, nodes: Nodes, gpus: int, chosen: Sequence[str]) -> in
     facts = recipe_facts(plan) | (resume_facts(plan) if run.resume else {}) | layout_facts(plan.config, nodes.world)
     for name, value in facts.items():
         print(f"{name:14} {value}")
-    print(f"nothing was started; to start it: {shlex.join(['m6', 'train', *chosen, *run.arguments()])}")
+    print(f"nothing was started; to start it: {shlex.join(['m6', 'train', *chosen, *run.words()])}")
     return 0
 
 

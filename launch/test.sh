@@ -15,5 +15,6 @@ nvidia-smi -L >/dev/null 2>&1 || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy
-python -m pytest "$@"
+# Half of a core waits for ranks and machines to end.
+python -m pytest --numprocesses "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder "$@"
 printf 'test: all passed in %d min %d s\n' $((SECONDS / 60)) $((SECONDS % 60))

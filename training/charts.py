@@ -4,8 +4,10 @@ One chart is as wide as a phone, and pages set them side by side: text keeps one
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -29,12 +31,21 @@ class Series:
         return next((y for _, y in reversed(self.points) if y is not None), None)
 
 
+class Mark(NamedTuple):
+    """Something that happened at a step: a short stroke above the steps, or across the whole chart if it is trouble."""
+
+    step: int
+    label: str
+    trouble: bool
+
+
 @dataclass(frozen=True)
 class Figure:
     title: str
     series: list[Series]
     from_zero: bool = False
     note: str = ""  # what the title means
+    marks: Sequence[Mark] = ()
 
     @property
     def svg(self) -> Markup:
@@ -57,6 +68,7 @@ def draw(figure: Figure) -> Markup:
 
     parts = [_y_tick(place(0, y)[1], y) for y in y_ticks]
     parts += [_x_tick(place(x, low)[0], x) for x in x_ticks if x <= end]
+    parts += [_mark(place(min(mark.step, end), low)[0], mark) for mark in figure.marks]
     for one in series:
         runs = unbroken(one.points if one.dots else thinned(one.points))
         parts += [_line([place(x, y) for x, y in run], one) for run in runs]
@@ -77,6 +89,13 @@ def _x_tick(x: float, value: float) -> Markup:
     # The last label would otherwise run over the edge.
     style = "x end" if x > WIDTH - RIGHT - 12 else "x"
     return Markup('<text class="{}" x="{:.1f}" y="{}">{}</text>').format(style, x, HEIGHT - 6, compact(value))
+
+
+def _mark(x: float, mark: Mark) -> Markup:
+    top = TOP if mark.trouble else HEIGHT - BOTTOM - 7
+    return Markup('<path class="mark{}" d="M{:.1f} {}V{}"><title>{}</title></path>').format(
+        " trouble" if mark.trouble else "", x, top, HEIGHT - BOTTOM, mark.label
+    )
 
 
 def _line(places: list[tuple[float, float]], series: Series) -> Markup:
@@ -158,10 +177,14 @@ def strip(relative: list[float], names: list[str]) -> Markup:
     )
 
 
+def strength(load: float) -> float:
+    """Of a cell's colour, 0 to 1, by its load over the even load."""
+    return min(1.0, abs(math.log2(max(load, 0.01))) / 2)
+
+
 def _cell(number: int, load: float, name: str) -> Markup:
-    strength = min(1.0, abs(math.log2(max(load, 0.01))) / 2)
     return Markup('<rect class="{}" x="{}" width="1" height="1" fill-opacity="{:.2f}"><title>{}</title></rect>').format(
-        "over" if load > 1 else "under", number, strength, name
+        "over" if load > 1 else "under", number, strength(load), name
     )
 
 

@@ -1,4 +1,7 @@
-"""Energy that the machine's own counters say was used: never an estimate, never a guess."""
+"""Energy: what the machine's own counters say was used, and rates over windows that are long enough to tell.
+
+A modelled figure is said to be one, and what is not known is None: never a silent zero.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -6,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# GPUs refresh their counters each 20 to 100 ms (NVML's documentation): 1 % of ten seconds at the most.
+WINDOW_SECONDS = 10.0
+MODELLED, UNAVAILABLE = "modelled", "unavailable"
 POWERCAP = Path("/sys/class/powercap")
 RAPL_DOMAINS = (
     "package",
@@ -33,25 +39,54 @@ class Counter:
 class EnergyMeter:
     """Joules of this node since construction.
 
-    `source` is "nvml" (the GPUs that this process may see, each once), "rapl" (processor packages and
-    memory, from `powercap`), or "unavailable". Whole devices are counted, whoever uses them: one meter a
-    node is enough.
+    `source` is "measured (nvml)": the GPUs that this process may see, each once; "measured (rapl)": processor packages
+    and memory, from `powercap`; or UNAVAILABLE. Whole devices are counted, whoever uses them: one meter a node is
+    enough.
     """
 
     def __init__(self, powercap: Path = POWERCAP):
-        self.source, self._counters = "nvml", nvml_counters()
+        self.source, self._counters = "measured (nvml)", nvml_counters()
         if not self._counters:
-            self.source, self._counters = "rapl", rapl_counters(powercap)
+            self.source, self._counters = "measured (rapl)", rapl_counters(powercap)
         if not self._counters:
-            self.source = "unavailable"
+            self.source = UNAVAILABLE
 
     def joules(self) -> float | None:
         """Joules since construction; None if nothing measures them, or no longer does."""
         try:
             return sum(counter.joules() for counter in self._counters) if self._counters else None
         except Exception:  # a driver that was unloaded, say, must not stop the training
-            self.source, self._counters = "unavailable", []
+            self.source, self._counters = UNAVAILABLE, []
             return None
+
+
+class EnergyRates:
+    """Watts, and joules a step and a token, of steps alone, over windows of at least WINDOW_SECONDS."""
+
+    def __init__(self) -> None:
+        self._clear()
+        self._known: dict[str, float | None] = dict.fromkeys(
+            ("energy/watts", "energy/joules_per_step", "energy/joules_per_token")
+        )
+
+    def step(self, joules: float | None, seconds: float, tokens: int) -> dict[str, float | None]:
+        """The rates of the last whole window, after a step that took this much; None before the first."""
+        if joules is None:  # a window with a gap tells nothing
+            self._clear()
+            return dict.fromkeys(self._known)
+        self._joules += joules
+        self._seconds += seconds
+        self._tokens += tokens
+        self._steps += 1
+        if self._seconds >= WINDOW_SECONDS:
+            of = (self._seconds, self._steps, max(self._tokens, 1))
+            self._known = {key: self._joules / each for key, each in zip(self._known, of, strict=True)}
+            self._clear()
+        return self._known
+
+    def _clear(self) -> None:
+        self._joules = self._seconds = 0.0
+        self._tokens = self._steps = 0
 
 
 def nvml_counters() -> list[Counter]:

@@ -15,7 +15,7 @@ from training.data.tasks import TASKS, Row, Task, View
 from training.data.tasks.caption import ASK_NAME
 from training.engine import Engine
 from training.recipe import Recipe
-from training.tracking import Sample
+from training.records import Sample
 
 SEED = 0  # of validation rows: the same in every run, so that runs can be compared
 SAID_AT_MOST = 16  # tokens of a sample

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from training.tracking import write_json
+from training.records import write_json
 
 STACKS = signal.SIGUSR2
 BEAT_SECONDS = 1.0  # the file is written no oftener, on however slow a file system it lies

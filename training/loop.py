@@ -14,9 +14,7 @@ from deepspeed.accelerator import get_accelerator
 
 from training import checkpoint, checkpoint_files, ds_config, states
 from training.data.batches import Collator, StepBatches
-from training.data.corpus import Corpus
-from training.data.order import GlobalOrder
-from training.data.tasks import TASKS
+from training.data.order import GlobalOrder, training_order
 from training.delink import Plateau, is_delinked
 from training.engine import Engine, StepResult
 from training.errors import LEFT, RestartableError, UserError
@@ -34,6 +32,7 @@ from training.run import (
     check_unchanged,
     lock_run,
     open_run,
+    read_plan,
     record_settings,
     tell_changes,
 )
@@ -84,7 +83,7 @@ class Training:
             self._check_later(recipe.delinked(), world)
         self.corpus = open_corpus(recipe, self.config.model)
         collate = Collator(self.corpus, self.config.model, recipe.block)
-        order = _order(self.corpus, recipe)
+        order = training_order(self.corpus, recipe)
         self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
         self.validation = Validation(self.corpus, recipe, collate)
         if not resume:
@@ -111,9 +110,10 @@ class Training:
         self.guard = Safeguard(**manifest.get("safeguard", {}))
         self.plateau = Plateau(manifest.get("plateau", []))
         self.delinks = False  # whether the run has come to where its layers get their own weights
-        self.meter = Meter(self.engine, list(order.counts), self.peak, manifest.get("counters"))
+        plan = read_plan(self.folder, delinked=self._is_delinked(found))
+        self.meter = Meter(self.engine, list(order.counts), self.peak, manifest.get("counters"), plan.get("watts"))
         self.tracker = (
-            Tracker(self.folder, recipe, self._facts(order), self.step, state=manifest.get("tracker"))
+            Tracker(self.folder, recipe, self._facts(order), self.step, manifest.get("tracker"), plan.get("metrics"))
             if self.rank == 0
             else None
         )
@@ -144,7 +144,7 @@ class Training:
     def _check_later(self, later: Recipe, world: int) -> None:
         """Refuse now what could not go on after delinking. Raises UserError."""
         config = ds_config.resolve(later, world, torch.cuda.device_count(), self.folder / SWAP)
-        _order(open_corpus(later, config.model), later)
+        training_order(open_corpus(later, config.model), later)
 
     def run(self) -> int:
         """Train to the end, to where `delinks` is set, or until all ranks agree to leave; returns the exit code."""
@@ -386,9 +386,3 @@ class Training:
             "host_bytes/before_model": self.host_bytes_before,
             **{f"rows_a_step/{task}": count for task, count in order.counts.items()},
         }
-
-
-def _order(corpus: Corpus, recipe: Recipe) -> GlobalOrder:
-    """Of the training split."""
-    tasks = [TASKS[task](corpus, "train") for task in recipe.tasks]
-    return GlobalOrder(tasks, recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block)

@@ -14,29 +14,40 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from model.routing import MODALITIES
-from training.energy import EnergyMeter
+from training.energy import MODELLED, UNAVAILABLE, EnergyMeter, EnergyRates
 from training.engine import Engine, StepResult
 
 
 class Meter:
     """Turns step results into the records of metrics.jsonl. Calls are collective."""
 
-    def __init__(self, engine: Engine, task_names: Sequence[str], peak: float, counters: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        task_names: Sequence[str],
+        peak: float,
+        counters: dict[str, Any] | None = None,
+        watts: float | None = None,
+    ):
+        """`counters`: an earlier meter's. `watts`: of all nodes by the run's plan, for where no counter can be read."""
         self.engine, self.task_names = engine, task_names
         self.peak = self._sum(peak)  # FLOP/s of all ranks
-        self.energy = EnergyMeter()
+        self.energy, self.rates, self.watts = EnergyMeter(), EnergyRates(), watts
+        self.began = time.perf_counter()
         self.tokens = (counters or {}).get("tokens", 0)
         self.joules_before = (counters or {}).get("joules", 0.0)
+        self.modelled_before = (counters or {}).get("modelled", False)  # whether any of them is no counter's
         self.window: torch.Tensor | None = None  # routing counts since the last evaluation
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step (evaluation, saving) out of the next step's time."""
-        self.last = time.perf_counter()
+        self.last, self.last_joules = time.perf_counter(), self._joules()[0]
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        return {"tokens": self.tokens, "joules": self._joules()}
+        joules, source = self._joules()
+        return {"tokens": self.tokens, "joules": self._total(joules), "modelled": self._is_modelled(source)}
 
     def go_back(self, counters: dict[str, Any]) -> None:
         """Go on from a checkpoint's counters; the energy that was spent since stays spent."""
@@ -62,7 +73,7 @@ class Meter:
             "flops_utilization": flops / seconds / self.peak,
             **load(result.routing),
             **self._memory(),
-            **self._energy(),
+            **self._energy(seconds, result.tokens),
         }
 
     def routing(self) -> dict[str, Any] | None:
@@ -88,16 +99,34 @@ class Meter:
         dist.all_reduce(fullest, op=dist.ReduceOp.MAX)
         return {"memory/device_bytes": int(fullest.item()), "memory/host_bytes": host_bytes()}
 
-    def _energy(self) -> dict[str, Any]:
-        joules = self._joules()
-        per_token = None if joules is None else joules / max(self.tokens, 1)
-        return {"energy/joules_per_token": per_token, "energy/source": self.energy.source}
+    def _energy(self, seconds: float, tokens: int) -> dict[str, Any]:
+        """After a step: the total since the run began, and rates of steps alone."""
+        (now, source), before = self._joules(), self.last_joules
+        self.last_joules = now
+        passed = None if now is None or before is None else now - before
+        total = self._total(now)
+        known = total is not None or source == UNAVAILABLE
+        return {
+            "energy/joules": total,
+            **self.rates.step(passed, seconds, tokens),
+            "energy/source": MODELLED if known and self._is_modelled(source) else source,
+        }
 
-    def _joules(self) -> float | None:
-        """Joules of all nodes since the run began: one meter a node counts. None where a node has none."""
+    def _total(self, joules: float | None) -> float | None:
+        return None if joules is None or self.joules_before is None else self.joules_before + joules
+
+    def _is_modelled(self, source: str) -> bool:
+        return self.modelled_before or source == MODELLED
+
+    def _joules(self) -> tuple[float | None, str]:
+        """Joules of all nodes since construction, and how they are known: one meter a node counts. Collective."""
         own = self.energy.joules() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 0.0
-        total = self._sum(math.nan if own is None or self.joules_before is None else own)
-        return None if math.isnan(total) else self.joules_before + total
+        total = self._sum(math.nan if own is None else own)
+        if not math.isnan(total):
+            return total, self.energy.source
+        if self.watts is None:
+            return None, UNAVAILABLE
+        return self.watts * (time.perf_counter() - self.began), MODELLED
 
     def _sum(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)

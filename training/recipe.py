@@ -99,6 +99,7 @@ class Tracking(Section):
     log_every: int = Field(10, ge=1)
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "m6"
+    tensorboard: bool = False  # files for it, too
 
 
 class Spike(Section):

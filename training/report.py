@@ -9,16 +9,20 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from training.charts import Figure, Series, bins, compact, nats, strip
+from training.charts import Figure, Mark, Series, bins, compact, nats, strip
+from training.energy import UNAVAILABLE
 from training.errors import UserError
 from training.evaluation import read_evaluation
+from training.heat import relative_load
 from training.pages import render
 from training.recipe import read_mapping
-from training.run import RECIPE
-from training.tracking import DROPPED, Record, Sample, duration, fact, read_json, read_lines
+from training.records import MODALITIES, Record, Sample, read_json, read_lines
+from training.run import RECIPE, read_plan
+from training.screen import duration, fact
+from training.tracking import DROPPED
 
 VALIDATION = "loss/validation/"
-MODALITIES = ("image", "text")  # the order in which routing is counted
+QUIET = ("saved", "resumed", "stopped", "delinked")  # events that are no trouble
 ROUTING = {  # what is charted of it: title, and what that means
     "moe/drop_rate": ("assignments dropped", DROPPED),
     "moe/load_cv": ("load variation (CV)", "standard deviation of the experts' load over its mean; 0 where it is even"),
@@ -79,11 +83,12 @@ def write_report(run: Path) -> Path:
         quarters=quarters(lines, planned_steps(run)),
         evaluation=read_evaluation(run),
         learning=learning_figures(steps, lines),
+        costs=cost_figures(steps),
         experts=expert_figures(steps),
         load=expert_load(read_json(run / "routing.json", None)),
         dropped=DROPPED,
         samples=samples_by_task(read_json(run / "samples.json", {})),
-        machine=machine_figures(steps),
+        machine=machine_figures(steps, planned_figures(run, lines)),
         events=[line for line in lines if "event" in line],
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
     )
@@ -168,13 +173,43 @@ def utilization(steps: list[Record]) -> str:
 
 
 def energy(steps: list[Record]) -> Tile:
-    measured = [(line, n) for line, n in spans(steps, "tokens") if line.get("energy/joules_per_token") is not None]
-    if not measured:
-        return Tile("Energy", "–", "no energy counter to read")
-    joules = sum(line["energy/joules_per_token"] * tokens for line, tokens in measured)
-    each = joules / sum(tokens for _, tokens in measured)
+    """All that the run took, evaluations and saves with it; and what a token takes in steps alone."""
+    last = steps[-1]
+    joules, source = last.get("energy/joules"), last.get("energy/source", UNAVAILABLE)
+    if joules is None:
+        return Tile("Energy", "–", "no counter to read" if source == UNAVAILABLE else "not measured from the start")
     total = f"{joules / 3.6e6:.3g} kWh" if joules >= 3.6e5 else f"{joules / 3.6e3:.3g} Wh"
-    return Tile("Energy", total, f"{each:.3g} J a token, by {measured[-1][0]['energy/source']}")
+    each = last.get("energy/joules_per_token")
+    return Tile("Energy", total, f"{each:.3g} J a token, {source}" if each is not None else source)
+
+
+class Reached(NamedTuple):
+    """Where the training loss first was at a level: steps, tokens, seconds in steps, joules if they are known."""
+
+    step: int
+    tokens: int
+    seconds: float
+    joules: float | None
+    source: str
+
+
+def reach(steps: list[Record], loss: float) -> Reached | None:
+    """`steps`: logged lines, each the mean of the steps since the one before. None if the loss was never so low."""
+    seconds = 0.0
+    for line, count in spans(steps, "step"):
+        seconds += line["step_seconds"] * count
+        if line["loss"] is not None and line["loss"] <= loss:
+            known = line.get("energy/joules"), line.get("energy/source", UNAVAILABLE)
+            return Reached(line["step"], line["tokens"], seconds, *known)
+    return None
+
+
+def cost_figures(steps: list[Record]) -> list[Figure]:
+    """Loss over what it took: energy, where that is known."""
+    points = [(line["energy/joules"] / 3.6e6, line["loss"]) for line in steps if line.get("energy/joules") is not None]
+    if len(points) < 2 or all(loss is None for _, loss in points):
+        return []
+    return [Figure("loss over kWh", [Series("training", "training", points)], note=steps[-1]["energy/source"])]
 
 
 def learning_figures(steps: list[Record], lines: list[Record]) -> list[Figure]:
@@ -182,11 +217,22 @@ def learning_figures(steps: list[Record], lines: list[Record]) -> list[Figure]:
     keys = dict.fromkeys(key for line in lines for key in line if key.startswith("loss/"))
     tasks = dict.fromkeys(key.removeprefix(VALIDATION).removeprefix("loss/") for key in keys)
     wanted = [("all tasks", [curve(steps, "loss", "training")])]
+    happened = marks(lines)
     for task in tasks:
         training = curve(steps, f"loss/{task}", "training")
         evaluated = [line for line in lines if VALIDATION + task in line]
         wanted.append((task, [training, curve(evaluated, VALIDATION + task, "validation", dots=True)]))
-    return figures(wanted)
+    first, rest = figures(wanted[:1]), figures(wanted[1:])
+    return [*(replace(figure, marks=happened) for figure in first), *rest]
+
+
+def marks(lines: list[Record]) -> list[Mark]:
+    """What happened, where it did; saves and the like are no trouble."""
+    return [
+        Mark(line["step"], f"step {line['step']:,}: {line['event']}", line["event"] not in QUIET)
+        for line in lines
+        if "event" in line
+    ]
 
 
 def expert_figures(steps: list[Record]) -> list[Figure]:
@@ -198,21 +244,34 @@ def expert_figures(steps: list[Record]) -> list[Figure]:
     return [replace(figure, note=notes[figure.title]) for figure in figures(wanted, from_zero=True)]
 
 
-def machine_figures(steps: list[Record]) -> list[Figure]:
+def planned_figures(run: Path, lines: list[Record]) -> Record:
+    """What the planner foretold, by a record's keys; empty if it was not asked."""
+    delinked = any(line.get("event") == "delinked" for line in lines)
+    return read_plan(run, delinked).get("metrics", {})
+
+
+def machine_figures(steps: list[Record], plan: Record) -> list[Figure]:
     titles = {
+        "step_seconds": "seconds a step",
         "tokens_per_second": "tokens a second",
         "flops_utilization": "share of peak FLOP/s",
         "lr": "learning rate",
         "grad_norm": "gradient norm",
         "memory/device_bytes": "device memory, GB",
         "memory/host_bytes": "host memory, GB",
+        "energy/joules_per_step": "joules a step",
+        "energy/joules_per_token": "joules a token",
     }
     wanted = []
     for key, title in titles.items():
         if not any(line.get(key) for line in steps):
             continue  # such as a device's memory, on a CPU
         unit = 1e9 if key.startswith("memory/") else 1.0
-        wanted.append((title, [curve(steps, key, "training", unit=unit)]))
+        series = [curve(steps, key, "training", unit=unit)]
+        if key in plan:
+            level = plan[key]["value"] / unit
+            series.append(Series("planned", "planned", [(line["step"], level) for line in (steps[0], steps[-1])]))
+        wanted.append((title, series))
     return figures(wanted, from_zero=True)
 
 
@@ -245,19 +304,18 @@ def expert_load(routing: Record | None) -> dict[str, list[LayerLoad]]:
 
 def layer_load(layer: int, wanted: list[int], kept: list[int]) -> LayerLoad:
     """`wanted`, `kept`: assignments by expert. Many experts share cells, which then show their mean."""
-    even = statistics.fmean(wanted)
     cells = bins(len(wanted))
     shared = f", {len(cells[0])} or so a cell" if len(cells) < len(wanted) else ""
     experts = f"{len(wanted):,} experts{shared}"
-    if not even:
+    relative = relative_load(wanted)
+    if relative is None:
         return LayerLoad(layer, experts, strip([1.0], ["no tokens"]), None, None)
-    relative = [statistics.fmean([wanted[e] for e in cell]) / even for cell in cells]
     names = [
         f"layer {layer}, {cell_name(cell)}: {load:.2f} × the even load, "
         f"{sum(wanted[e] - kept[e] for e in cell):,} of {sum(wanted[e] for e in cell):,} dropped"
         for cell, load in zip(cells, relative, strict=True)
     ]
-    cv = statistics.pstdev(wanted) / even
+    cv = statistics.pstdev(wanted) / statistics.fmean(wanted)
     return LayerLoad(layer, experts, strip(relative, names), cv, 1 - sum(kept) / sum(wanted))
 
 

@@ -20,17 +20,24 @@ from training.ds_config import DSConfig
 from training.errors import UserError
 from training.files import replace
 from training.recipe import Recipe, leaves, nearest, one_line, parse_recipe, read_mapping, shown
-from training.tracking import read_lines
+from training.records import Record, read_json, read_lines
 
 FOLDER = Path("runs")
 RECIPE, DS_CONFIG, CHECKPOINTS, SWAP, LOCK = "recipe.yaml", "ds_config.json", "checkpoints", "swap", ".lock"
 RANKS, INCIDENTS = ".ranks", "incidents"  # how far each rank is; what a supervisor saw
+PLAN = "plan.json"  # what a planner foretold, of each of the run's stages
 
 # What a resumed run may do otherwise: go on longer, elsewhere, watched differently. The ds_config may change too, and
 # with it the micro-batches and the capacity, on which dropping depends.
 SAVING = {"save_every", "save_buffer", "keep", "keep_every"}
 BAD_STEPS = {"skips", "spike"}
 CHANGEABLE = {"steps", "ds_config", "ds", "data", "evaluation", "tracking", "delink", *SAVING, *BAD_STEPS}
+
+
+def read_plan(folder: Path, delinked: bool) -> Record:
+    """What was foretold of a run's stage, as `launch/planned.py` writes it; empty if nothing was."""
+    stages = read_json(folder / PLAN, {}).get("stages", [])
+    return stages[-1 if delinked else 0] if stages else {}
 
 
 def open_run(name: str, recipe: Recipe, resume: bool, allowed: Sequence[str] = (), root: Path = FOLDER) -> Path:
@@ -120,7 +127,7 @@ def _begun(folder: Path) -> bool:
     if not folder.exists():
         return False
     names = [path.name for path in folder.iterdir()]
-    left = {DS_CONFIG, INCIDENTS, f"{INCIDENTS}.jsonl"}
+    left = {DS_CONFIG, PLAN, INCIDENTS, f"{INCIDENTS}.jsonl"}
     return not all(name.startswith(".") or name in left for name in names)
 
 

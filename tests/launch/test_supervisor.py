@@ -22,7 +22,7 @@ from launch import supervisor
 from launch.processes import Ranks
 from training.errors import UserError
 from training.heartbeat import Beat
-from training.tracking import write_json
+from training.records import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

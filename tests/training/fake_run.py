@@ -1,6 +1,7 @@
 """A believable run's folder, written through the tracker itself: for tests, and for looking at the page."""
 
 import io
+import json
 import math
 import random
 from pathlib import Path
@@ -9,7 +10,8 @@ import yaml
 from PIL import Image, ImageDraw
 
 from training.recipe import Recipe
-from training.tracking import Sample, Tracker
+from training.records import Sample
+from training.tracking import Tracker
 
 TASKS = {"caption": 2.0, "denoise": 1.0, "image_denoise": 1.0, "poem": 1.0, "review": 1.0}
 FACTS = {
@@ -67,6 +69,18 @@ def make_record(step: int, random_: random.Random | None = None) -> dict:
 def validation_losses(step: int) -> dict[str, float]:
     loss = 2.5 + 7 * math.exp(-step / 90)
     return {f"loss/validation/{task}": loss + 0.4 * i for i, task in enumerate(TASKS)}
+
+
+def learn(tracker: Tracker, first: int, last: int) -> None:
+    """Steps `first` to `last`, and an evaluation each 20."""
+    for step in range(first, last + 1):
+        tracker.step(make_record(step))
+        if step % 20 == 0:
+            tracker.evaluation(step, {"loss/validation/caption": 5 - step / 40})
+
+
+def written(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def picture(colour: str) -> bytes:

@@ -9,8 +9,9 @@ import pytest
 from tests.training.fake_run import TASKS, make_load, make_recipe, make_record, make_run, make_samples
 from training.charts import MAX_CELLS, MAX_POINTS, bins, compact, thinned, three_digits, ticks, unbroken
 from training.errors import UserError
+from training.records import Sample, read_lines
 from training.report import Quarter, layer_load, planned_steps, quarters, write_report
-from training.tracking import DROPPED, Sample, Tracker, read_lines
+from training.tracking import DROPPED, Tracker
 
 HOSTILE = '</pre><script>alert("1")</script><img src=https://example.org/x.png onerror=alert(2)>{{ 7*7 }}'
 VOID = {"meta", "img", "link"}
@@ -53,7 +54,7 @@ def test_the_page_has_every_part_and_asks_for_nothing(run: Path) -> None:
     assert path == run / "report/index.html"
     for heading in ("What it writes", "Learning", "Experts", "Machine and optimiser", "Facts", "Recipe"):
         assert heading in page.text
-    for figure in ("45.6M", "8.12M active a token", "960k", "of peak FLOP/s", "no energy counter to read"):
+    for figure in ("45.6M", "8.12M active a token", "960k", "of peak FLOP/s", "no counter to read"):
         assert figure in page.text
     assert "3 of 6 exactly right" in page.text and "更上一层楼" in page.text and "登鹳雀楼" in page.text
     assert "global_batch: 32" in page.text and "checkpoints/step-400" in page.text
@@ -124,11 +125,11 @@ def test_a_folder_without_steps_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_energy_and_time_are_summed_over_all_steps(tmp_path: Path) -> None:
     with Tracker(tmp_path, make_recipe(steps=30), {}) as tracker:
         for step in range(1, 31):
-            measured = {"step_seconds": 2.0, "energy/joules_per_token": 10.0, "energy/source": "rapl"}
-            tracker.step(make_record(step) | measured)
+            measured = {"step_seconds": 2.0, "energy/joules": 24_000.0 * step, "energy/source": "modelled"}
+            tracker.step(make_record(step) | measured | {"energy/joules_per_token": 9.5})
     text = Page(write_report(tmp_path)).text
     assert "1 min 00 s" in text  # 30 steps of 2 s
-    assert "0.2 kWh" in text and "10 J a token, by rapl" in text  # 72,000 tokens of 10 J
+    assert "0.2 kWh" in text and "9.5 J a token, modelled" in text  # 30 steps of 24 kJ
 
 
 def test_quarters_compare_the_runs_ends() -> None:

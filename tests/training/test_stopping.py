@@ -14,8 +14,8 @@ from tests.ranks import run_ranks
 from tests.training.test_train import ROOT, SMALL, losses
 from training.data.corpus import Corpus
 from training.errors import LEFT
+from training.records import read_lines
 from training.start import init_distributed
-from training.tracking import read_lines
 
 pytestmark = pytest.mark.timeout(300)
 

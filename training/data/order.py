@@ -12,8 +12,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from training.data.corpus import Corpus
 from training.data.tasks import TASKS, Row, Task
 from training.errors import UserError
+from training.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -80,6 +82,12 @@ class GlobalOrder:
         """Text positions that the rows of [start, stop), within one step, need at the most."""
         places = self._places[start % self.batch : (stop - 1) % self.batch + 1]
         return max(task.limit(self.text_positions) for task, _ in places)
+
+
+def training_order(corpus: Corpus, recipe: Recipe) -> GlobalOrder:
+    """Of a recipe's tasks on the training split. Raises UserError."""
+    tasks = [TASKS[task](corpus, "train") for task in recipe.tasks]
+    return GlobalOrder(tasks, recipe.tasks, recipe.global_batch, recipe.text_positions, recipe.seed, recipe.block)
 
 
 def random_at(seed: int, position: int) -> np.random.Generator:

@@ -1,0 +1,259 @@
+"""`m6 watch RUN`: a run on the terminal while it trains, on this machine or over ssh, from the files in its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import plotext
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from training.charts import Point, thinned
+from training.errors import LEFT, UserError
+from training.heartbeat import Beat, read_beat
+from training.heat import colour, relative_load
+from training.records import MODALITIES, Record, read_json, read_lines
+from training.report import VALIDATION, planned_steps
+from training.run import FOLDER, INCIDENTS, RANKS, read_plan
+from training.screen import duration, scaled
+
+LOOK_SECONDS = 2.0
+SILENT_SECONDS, SILENT_TIMES = 60.0, 3.0  # without a heartbeat, or so many times what is usual, all may be lost
+RECENT = 20  # logged lines that stand for now
+ROWS, EVENTS = 6, 6  # of experts and of events
+DELINKED = "delinked"  # the event
+LEFT_COLUMN = 46  # characters
+FIGURES = {  # what is shown beside its plan: title, unit, and by how much it is divided
+    "step_seconds": ("step", "s", 1.0),
+    "tokens_per_second": ("tokens a second", "", 1.0),
+    "flops_utilization": ("of peak FLOP/s", "%", 0.01),
+    "memory/device_bytes": ("device memory", "GB", 1e9),
+    "memory/host_bytes": ("host memory", "GB", 1e9),
+    "energy/watts": ("power", "W", 1.0),
+    "energy/joules_per_step": ("energy a step", "J", 1.0),
+    "energy/joules_per_token": ("energy a token", "J", 1.0),
+    "moe/drop_rate": ("assignments dropped", "%", 0.01),
+    "moe/load_cv": ("load variation", "", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that is known of a run at one moment."""
+
+    folder: Path
+    lines: list[Record]
+    beats: dict[int, tuple[Beat, float]]  # and how many seconds ago
+    planned_steps: int
+    plan: Record
+    routing: Record
+    incidents: list[Record]
+
+    @property
+    def steps(self) -> list[Record]:
+        return [line for line in self.lines if "loss" in line]
+
+    @property
+    def step(self) -> int:
+        return max([line["step"] for line in self.lines] + [beat.step for beat, _ in self.beats.values()], default=0)
+
+
+def watch(run: str, once: bool) -> None:
+    """Show a run until Ctrl-C, or `once`; and once where there is no terminal. Raises UserError."""
+    folder = FOLDER / run if (FOLDER / run).is_dir() else Path(run)
+    if not folder.is_dir():
+        raise UserError(f"{run}: no such run; see the folders under {FOLDER}/")
+    if not any((folder / name).exists() for name in ("metrics.jsonl", RANKS)):
+        raise UserError(f"{folder}: nothing has trained there yet")
+    console = Console()
+    if once or not console.is_terminal:
+        console.print(view(look(folder), console.width, 0))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(view(look(folder), console.width, console.height), refresh=True)
+            time.sleep(LOOK_SECONDS)
+
+
+def look(folder: Path) -> Seen:
+    lines = read_lines(folder / "metrics.jsonl")
+    delinked = any(line.get("event") == DELINKED for line in lines)
+    return Seen(
+        folder, lines, dict(_beats(folder / RANKS)), planned_steps(folder), read_plan(folder, delinked),
+        read_json(folder / "routing.json", {}), list(_json_lines(folder / f"{INCIDENTS}.jsonl")),
+    )  # fmt: skip
+
+
+def _beats(folder: Path) -> Iterator[tuple[int, tuple[Beat, float]]]:
+    for path in folder.glob("*.json"):
+        if path.stem.isdigit() and (found := read_beat(folder, int(path.stem))):
+            yield int(path.stem), (found[0], max(0.0, time.time() - found[1] / 1e9))
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            incident = json.loads(line)
+            if isinstance(incident, dict) and "event" in incident:
+                yield incident
+
+
+def view(seen: Seen, width: int, height: int) -> RenderableType:
+    """As many lines as fit; `height` 0 for all that there is."""
+    chart_height = min(16, max(8, height - 24)) if height else 14
+    wide = width >= 2 * LEFT_COLUMN
+    chart = losses(seen, width - LEFT_COLUMN - 2 if wide else width, chart_height)
+    parts = [figure_table(seen), chart, expert_rows(seen, width), event_lines(seen)]
+    if wide and chart:
+        beside = Table.grid(padding=(0, 2))
+        beside.add_row(*parts[:2])
+        parts[:2] = [beside]
+    return Group(heading(seen, width), *(part for part in parts if part))
+
+
+def heading(seen: Seen, width: int) -> RenderableType:
+    planned = seen.planned_steps
+    line = Text.assemble((seen.folder.resolve().name, "bold"), "  ", state(seen))
+    progress = f"step {seen.step:,}" + (f" of {planned:,}" if planned else "")
+    left = seconds_left(seen)
+    told = progress + (f"  {duration(left)} left" if left else "")
+    bar = ProgressBar(total=max(planned, 1), completed=seen.step, width=max(10, min(60, width - len(told) - 4)))
+    row = Table.grid(padding=(0, 2))
+    row.add_row(bar, told)
+    return Group(line, row, "")
+
+
+def state(seen: Seen) -> Text:
+    """What the run is doing, as far as its ranks tell."""
+    if not seen.beats:
+        return Text("no sign of its ranks", style="yellow")
+    beats = [beat for beat, _ in seen.beats.values()]
+    if all(beat.phase == "ended" for beat in beats):
+        return _ended(beats)
+    rank, (slowest, age) = max(
+        ((rank, found) for rank, found in seen.beats.items() if found[0].phase != "ended"), key=lambda it: it[1][1]
+    )
+    if age > max(SILENT_SECONDS, SILENT_TIMES * (slowest.usual_seconds or 0.0)):
+        told = f"rank {rank} on {slowest.host} has been silent for {duration(age)} ({slowest.phase})"
+        return Text(f"{told}: killed, hanging, or its files are late", style="red")
+    phases = "/".join(sorted({beat.phase for beat in beats}))
+    return Text(f"{phases}, {len(beats)} rank{'s' if len(beats) > 1 else ''}", style="green")
+
+
+def _ended(beats: Sequence[Beat]) -> Text:
+    errors = [beat.error for beat in beats if beat.error]
+    codes = {beat.code for beat in beats}
+    if errors:
+        return Text(f"ended: {errors[0]}", style="red")
+    if codes == {0}:
+        return Text("done", style="green")
+    if codes == {LEFT}:
+        return Text("stopped on request, and saved; m6 train --resume goes on", style="yellow")
+    return Text(f"ended with code {max(code or 0 for code in codes)}", style="red")
+
+
+def seconds_left(seen: Seen) -> float:
+    recent = [line["step_seconds"] for line in seen.steps[-RECENT:]]
+    over = not seen.beats or any(beat.phase == "ended" for beat, _ in seen.beats.values())
+    return 0.0 if over or not recent else (seen.planned_steps - seen.step) * statistics.median(recent)
+
+
+def figure_table(seen: Seen) -> Table:
+    """The last logged figures, beside what was planned."""
+    plan = seen.plan.get("metrics", {})
+    table = Table(box=None, padding=(0, 1, 0, 0), min_width=LEFT_COLUMN - 2)
+    for heading in ("", "now", *(("plan", "of it") if plan else ())):
+        table.add_column(heading, justify="right" if heading else "left", header_style="dim", no_wrap=True)
+    last = seen.steps[-1] if seen.steps else {}
+    if last.get("loss") is not None:
+        table.add_row("loss", f"{last['loss']:.3f}")
+    if last:
+        table.add_row("tokens so far", scaled(last["tokens"], "").strip())
+    for key, (title, unit, divisor) in FIGURES.items():
+        if last.get(key):
+            told = [title, _number(last[key] / divisor, unit)]
+            if key in plan:
+                value = plan[key]["value"]
+                told += [_number(value / divisor, unit), f"{last[key] / value:.2f}"]
+            table.add_row(*told)
+    if joules := last.get("energy/joules"):
+        table.add_row("energy in all", f"{joules / 3.6e6:.3g} kWh")
+    if last.get("energy/source"):
+        table.add_row("energy is", last["energy/source"])
+    return table
+
+
+def _number(value: float, unit: str) -> str:
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{shown} {unit}".strip()
+
+
+def losses(seen: Seen, width: int, height: int) -> RenderableType | None:
+    """Training loss, and the tasks' mean validation loss, over steps."""
+    training = _known(thinned([(line["step"], line["loss"]) for line in seen.steps]))
+    validation = _known([(line["step"], _mean_validation(line)) for line in seen.lines])
+    if not training and not validation:
+        return None
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(width, height)
+    plotext.title("loss: training (line), validation (points)" if validation else "loss")
+    if training:
+        plotext.plot(*training, marker="braille", color="cyan")
+    if validation:
+        plotext.scatter(*validation, marker="dot", color="orange")
+    return Text.from_ansi(plotext.build())
+
+
+def _known(points: list[Point]) -> list[tuple[float, ...]]:
+    """Steps and values; empty if there are none."""
+    return list(zip(*((x, y) for x, y in points if y is not None), strict=True))
+
+
+def _mean_validation(line: Record) -> float | None:
+    values = [value for key, value in line.items() if key.startswith(VALIDATION)]
+    return statistics.fmean(values) if values and None not in values else None
+
+
+def expert_rows(seen: Seen, width: int) -> RenderableType | None:
+    """The load of the most uneven layers' experts, a bar an expert: red over the even load, blue under it."""
+    loads = [
+        (load, f"layer {layer} {name}")
+        for layer, counts in enumerate(seen.routing.get("wanted", []), 1)
+        for name, of_modality in zip(MODALITIES, counts, strict=True)
+        if (load := relative_load(of_modality))
+    ]
+    if not loads:
+        return None
+    uneven = sorted(range(len(loads)), key=lambda row: -statistics.pstdev(loads[row][0]))[:ROWS]
+    table = Table.grid(padding=(0, 2))
+    for load, name in (loads[row] for row in sorted(uneven)):
+        across = max(1, min(4, (width - 32) // len(load)))
+        cells = Text.assemble(*((bar(each) * across, f"rgb({','.join(map(str, colour(each)))})") for each in load))
+        table.add_row(name, cells, f"{max(load):.1f} x even")
+    of = f" (the {ROWS} most uneven of {len(loads)})" if len(loads) > ROWS else ""
+    return Group("", Text(f"load of experts{of}, at step {seen.routing['step']:,}", style="dim"), table)
+
+
+def bar(load: float) -> str:
+    """In the middle where the load is even; full at four times that, lowest at a quarter."""
+    return "▁▂▃▄▅▆▇█"[max(0, min(7, round(3.5 + 1.75 * math.log2(max(load, 0.01)))))]
+
+
+def event_lines(seen: Seen) -> RenderableType | None:
+    """What happened last, as the run and its supervisor tell."""
+    told = [(line["step"], line["event"], line.get("text", "")) for line in seen.lines if "event" in line]
+    told += [(line.get("step") or 0, line["event"], line.get("what") or "") for line in seen.incidents]
+    shown = sorted(told, key=lambda row: row[0])[-EVENTS:]
+    rows = [Text(f"{step:>8,}  {event:<12}  {text}", no_wrap=True, overflow="ellipsis") for step, event, text in shown]
+    return Group("", Text("    step  event", style="dim"), *rows) if rows else None
