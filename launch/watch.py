@@ -31,6 +31,7 @@ LOOK_SECONDS = 2.0
 SILENT_SECONDS, SILENT_TIMES = 60.0, 3.0  # without a heartbeat, or so many times what is usual, all may be lost
 RECENT = 20  # logged lines that stand for now
 ROWS, EVENTS = 6, 6  # of experts and of events
+HEADING_ROWS, CHART_ROWS = 4, 14
 DELINKED = "delinked"  # the event
 LEFT_COLUMN = 46  # characters
 FIGURES = {  # what is shown beside its plan: title, unit, and by how much it is divided
@@ -109,16 +110,26 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 
 def view(seen: Seen, width: int, height: int) -> RenderableType:
-    """As many lines as fit; `height` 0 for all that there is."""
-    chart_height = min(16, max(8, height - 24)) if height else 14
+    """What fits; `height` 0 for all that there is."""
+    rows, chart_rows, events = room(height)
     wide = width >= 2 * LEFT_COLUMN
-    chart = losses(seen, width - LEFT_COLUMN - 2 if wide else width, chart_height)
-    parts = [figure_table(seen), chart, expert_rows(seen, width), event_lines(seen)]
+    figures, chart = figure_table(seen), losses(seen, width - LEFT_COLUMN - 2 if wide else width, chart_rows)
+    parts = [figures, chart]
     if wide and chart:
         beside = Table.grid(padding=(0, 2))
-        beside.add_row(*parts[:2])
-        parts[:2] = [beside]
-    return Group(heading(seen, width), *(part for part in parts if part))
+        beside.add_row(*parts)
+        parts = [beside]
+    below = [expert_rows(seen, width, rows), event_lines(seen, events)]
+    return Group(heading(seen, width), *(part for part in (*parts, *below) if part))
+
+
+def room(height: int) -> tuple[int, int, int]:
+    """Lines for experts, for the chart and for events, beside headings and the table of figures."""
+    if not height:
+        return ROWS, CHART_ROWS, EVENTS
+    left = height - HEADING_ROWS - CHART_ROWS
+    events = max(1, min(EVENTS, left // 2 - 2))
+    return max(0, min(ROWS, left - events - 4)), CHART_ROWS, events
 
 
 def heading(seen: Seen, width: int) -> RenderableType:
@@ -225,7 +236,7 @@ def _mean_validation(line: Record) -> float | None:
     return statistics.fmean(values) if values and None not in values else None
 
 
-def expert_rows(seen: Seen, width: int) -> RenderableType | None:
+def expert_rows(seen: Seen, width: int, rows: int) -> RenderableType | None:
     """The load of the most uneven layers' experts, a bar an expert: red over the even load, blue under it."""
     loads = [
         (load, f"layer {layer} {name}")
@@ -233,15 +244,15 @@ def expert_rows(seen: Seen, width: int) -> RenderableType | None:
         for name, of_modality in zip(MODALITIES, counts, strict=True)
         if (load := relative_load(of_modality))
     ]
-    if not loads:
+    if not loads or not rows:
         return None
-    uneven = sorted(range(len(loads)), key=lambda row: -statistics.pstdev(loads[row][0]))[:ROWS]
+    uneven = sorted(range(len(loads)), key=lambda row: -statistics.pstdev(loads[row][0]))[:rows]
     table = Table.grid(padding=(0, 2))
     for load, name in (loads[row] for row in sorted(uneven)):
         across = max(1, min(4, (width - 32) // len(load)))
         cells = Text.assemble(*((bar(each) * across, f"rgb({','.join(map(str, colour(each)))})") for each in load))
         table.add_row(name, cells, f"{max(load):.1f} x even")
-    of = f" (the {ROWS} most uneven of {len(loads)})" if len(loads) > ROWS else ""
+    of = f" (the {rows} most uneven of {len(loads)})" if len(loads) > rows else ""
     return Group("", Text(f"load of experts{of}, at step {seen.routing['step']:,}", style="dim"), table)
 
 
@@ -250,10 +261,10 @@ def bar(load: float) -> str:
     return "▁▂▃▄▅▆▇█"[max(0, min(7, round(3.5 + 1.75 * math.log2(max(load, 0.01)))))]
 
 
-def event_lines(seen: Seen) -> RenderableType | None:
+def event_lines(seen: Seen, most: int) -> RenderableType | None:
     """What happened last, as the run and its supervisor tell."""
     told = [(line["step"], line["event"], line.get("text", "")) for line in seen.lines if "event" in line]
     told += [(line.get("step") or 0, line["event"], line.get("what") or "") for line in seen.incidents]
-    shown = sorted(told, key=lambda row: row[0])[-EVENTS:]
+    shown = sorted(told, key=lambda row: row[0])[-most:]
     rows = [Text(f"{step:>8,}  {event:<12}  {text}", no_wrap=True, overflow="ellipsis") for step, event, text in shown]
     return Group("", Text("    step  event", style="dim"), *rows) if rows else None

@@ -14,11 +14,14 @@ import pytest
 import xxhash
 import yaml
 
+from launch.measured_cluster import described
+from tests.made_machine import MACHINE
 from tests.ranks import run_ranks
 from training import checkpoint_files
 from training.data.corpus import Corpus
+from training.energy import MODELLED
 from training.errors import UserError
-from training.run import lock_run, read_settings
+from training.run import PLAN, lock_run, read_settings
 from training.start import init_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,11 +67,27 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def finished(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one whole run in it, tracked in wandb offline."""
+    """A folder with one whole run in it, tracked in wandb offline, and planned."""
     folder = tmp_path_factory.mktemp("finished")
-    done = train(sample_corpus, folder)
+    (folder / "here.yaml").write_text(yaml.safe_dump(described(MACHINE, ranks=2)))
+    done = train(sample_corpus, folder, "--cluster", "here.yaml")
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_energy_is_measured_or_said_to_be_modelled_by_the_plan(finished: Path) -> None:
+    run = finished / "runs" / "run"
+    steps, [stage] = [line for line in lines(run) if "loss" in line], json.loads((run / PLAN).read_text())["stages"]
+    joules = [line["energy/joules"] for line in steps]
+    assert joules == sorted(joules) and joules[0] > 0
+    sources = {line["energy/source"] for line in steps}
+    assert sources in ({MODELLED}, {"measured (rapl)"})
+    if sources == {MODELLED}:
+        later, earlier = steps[-1], steps[0]
+        seconds = sum(line["step_seconds"] for line in steps[1:])
+        assert later["energy/joules"] - earlier["energy/joules"] >= stage["watts"] * seconds
+    summary = json.loads((run / "run.json").read_text())["summary"]
+    assert summary["joules"] >= joules[-1] and summary["modelled"] == (sources == {MODELLED})
 
 
 def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
@@ -79,7 +98,7 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
     promised = {
         "step", "position", "tokens", "loss", "loss/caption", "lr", "grad_norm", "step_seconds", "tokens_per_second",
         "flops_utilization", "moe/load_cv", "moe/drop_rate", "moe/drop_rate/image", "memory/device_bytes",
-        "memory/host_bytes", "energy/joules_per_token", "energy/source", "skipped_steps",
+        "memory/host_bytes", "energy/joules", "energy/joules_per_token", "energy/source", "skipped_steps",
     }  # fmt: skip
     steps = [line for line in lines(run) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]

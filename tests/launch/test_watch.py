@@ -1,0 +1,144 @@
+"""`m6 watch`: what it says of a run's folder, and that it lives on a terminal and leaves on Ctrl-C."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch.watch import bar, look, seconds_left, state, view, watch
+from tests.training.fake_run import make_load, make_recipe, make_run, make_samples
+from training.errors import LEFT, MISTAKE, UserError
+from training.heartbeat import Beat
+from training.records import write_json
+from training.run import PLAN, RANKS
+
+METRICS = {"step_seconds": {"value": 2.2, "low": 2.0, "high": 2.4}}
+
+
+def beat(**changes: object) -> Beat:
+    values = {"pid": 7, "host": "node1", "started": 0.0, "time": 0.0, "phase": "training", "step": 400, "first_step": 0}
+    return Beat(**values | {"usual_seconds": 1.0} | changes)
+
+
+def tell(run: Path, *beats: Beat, ago: float = 0.0) -> None:
+    for rank, one in enumerate(beats):
+        (run / RANKS).mkdir(exist_ok=True)
+        path = run / RANKS / f"{rank}.json"
+        write_json(path, asdict(one))
+        os.utime(path, (time.time() - ago,) * 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = make_recipe(steps=400, tracking={"wandb": "disabled", "log_every": 5})
+    return make_run(tmp_path_factory.mktemp("made") / "quick", recipe, make_load(), make_samples())
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / made.name)
+
+
+def shown(run: Path, width: int = 120, height: int = 0) -> str:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(view(look(run), width, height))
+    return captured.get()
+
+
+def test_it_shows_where_the_run_is_beside_its_plan_its_experts_and_what_happened(run: Path) -> None:
+    write_json(run / PLAN, {"cluster": "here", "stages": [{"watts": 100.0, "metrics": METRICS}]})
+    (run / "incidents.jsonl").write_text(json.dumps({"event": "failed", "step": 200, "what": "rank 1 died"}) + "\n{to")
+    tell(run, beat(), beat())
+    text = shown(run)
+    assert "quick  training, 2 ranks" in text and "step 400 of 400" in text
+    [step] = re.findall(r"step +([\d.]+) s +2\.2 s +([\d.]+)", text)
+    assert float(step[1]) == pytest.approx(float(step[0]) / 2.2, abs=0.01)
+    assert "loss: training (line), validation (points)" in text
+    assert "the 6 most uneven of 8" in text and text.count("x even") == 6
+    assert re.search(r"200  failed +rank 1 died", text) and re.search(r"400  saved +checkpoints/step-400", text)
+
+
+@pytest.mark.parametrize("width, height", [(60, 40), (80, 24), (120, 24), (120, 30), (200, 60)])
+def test_it_fits_the_terminal_and_shows_the_last_event(run: Path, width: int, height: int) -> None:
+    lines = shown(run, width, height).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= height or width < 92
+    assert any("checkpoints/step-400" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "beats, ago, told",
+    [
+        ([], 0, "no sign of its ranks"),
+        ([beat(), beat(phase="saving")], 5, "saving/training, 2 ranks"),
+        ([beat(phase="evaluating")], 5, "evaluating, 1 rank"),
+        ([beat()], 600, "rank 0 on node1 has been silent for 10 min 00 s (training): killed, hanging, or"),
+        ([beat(usual_seconds=400.0)], 600, "training, 1 rank"),
+        ([beat(phase="ended", code=0)], 600, "done"),
+        ([beat(phase="ended", code=LEFT)], 600, "stopped on request, and saved"),
+        ([beat(phase="ended", code=MISTAKE, error="data=x: no such folder")], 600, "ended: data=x: no such folder"),
+        ([beat(phase="ended", code=1), beat(phase="ended", code=0)], 600, "ended with code 1"),
+    ],
+)
+def test_its_state_is_what_its_ranks_tell(run: Path, beats: list[Beat], ago: float, told: str) -> None:
+    tell(run, *beats, ago=ago)
+    assert state(look(run)).plain.startswith(told)
+
+
+def test_time_left_is_told_while_it_trains(run: Path) -> None:
+    tell(run, beat(step=400))
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("steps: 400", "steps: 500"))
+    assert seconds_left(look(run)) == pytest.approx(100 * 1.1, rel=0.1)
+    tell(run, beat(phase="ended", code=LEFT))
+    assert seconds_left(look(run)) == 0
+
+
+def test_a_run_that_has_only_begun_is_shown(tmp_path: Path) -> None:
+    tell(tmp_path, beat(phase="starting", step=0))
+    assert "starting, 1 rank" in shown(tmp_path)
+
+
+def test_bars_grow_with_the_load() -> None:
+    bars = [bar(load) for load in (0.0, 0.25, 0.6, 1.0, 1.7, 4.0, 90.0)]
+    assert bars == sorted(bars) and bars[0] == "▁" and bars[-1] == "█" and bar(1.0) in "▄▅"
+
+
+def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run"):
+        watch(str(tmp_path / "nowhere"), once=True)
+    with pytest.raises(UserError, match="nothing has trained there yet"):
+        watch(str(tmp_path), once=True)
+
+
+@pytest.mark.timeout(60)
+def test_on_a_terminal_it_lives_until_ctrl_c(run: Path) -> None:
+    keyboard, terminal = pty.openpty()
+    program = "from launch.cli import main; main()"
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    command = [sys.executable, "-P", "-c", program, "watch", str(run)]
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        seen = b""
+        for phase in ("training", "saving"):
+            tell(run, beat(step=123, phase=phase))
+            while phase.encode() not in seen:
+                seen += os.read(keyboard, 65536)
+        process.send_signal(signal.SIGINT)
+        try:
+            while piece := os.read(keyboard, 65536):
+                seen += piece
+        except OSError:  # how Linux says that the other side was closed
+            pass
+    os.close(keyboard)
+    assert process.returncode == 0 and b"Traceback" not in seen
