@@ -356,7 +356,7 @@ def _problem_of(kind: type[Section], values: dict[str, Any]) -> str:
 def _first_problem(error: ValidationError, schema: dict[str, Any]) -> str:
     """The first mistake, by its key and value and what the JSON schema wants there."""
     problem = error.errors()[0]
-    kind, place = problem["type"], problem["loc"]
+    kind, place = problem["type"], _without_branches(schema, problem["loc"])
     if kind == "missing" and isinstance(place[-1], int):
         place = place[:-1]  # a list that is too short
     elif kind == "missing":
@@ -378,8 +378,17 @@ def _dotted(place: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in place)
 
 
+def _without_branches(schema: dict[str, Any], place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A place without the names that pydantic gives to the types of a key that may hold several."""
+    kept: tuple[int | str, ...] = ()
+    for part in place:
+        if part == "[key]" or "anyOf" not in _schema_at(schema, kept):
+            kept += (part,)
+    return kept
+
+
 def _schema_at(schema: dict[str, Any], place: tuple[int | str, ...]) -> dict[str, Any]:
-    """The part of a JSON schema that is about a place."""
+    """The part of a JSON schema that is about a place; of what may be null, that of the rest."""
     node = schema
     for part in place:
         if "prefixItems" in node:
@@ -388,13 +397,22 @@ def _schema_at(schema: dict[str, Any], place: tuple[int | str, ...]) -> dict[str
             node = node["items"]
         else:
             node = node.get("properties", {}).get(part) or node["additionalProperties"]
+        if len(branches := _branches(node)) == 1:
+            node = branches[0]
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
     return node
 
 
+def _branches(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The types of a key that may hold several, besides null."""
+    return [branch for branch in node.get("anyOf", []) if branch.get("type") != "null"]
+
+
 def _wanted(node: dict[str, Any]) -> str:
     """What a part of a JSON schema asks for, in words."""
+    if branches := _branches(node):
+        return " or ".join(dict.fromkeys(map(_wanted, branches)))
     if "enum" in node:
         return f"one of {', '.join(node['enum'])}"
     if node["type"] == "array":

@@ -93,6 +93,7 @@ def test_unknown_names_come_with_a_suggestion(values, said):
         ("tracking.wandb=maybe", "must be one of offline, online, disabled"),
         ("optimizer=3", "must be key: value pairs"),
         ("data=", "must be text"),
+        ("image_tokenizer=5", "must be text"),
         ("model.share_layers=maybe", "must be true or false"),
         ("model.layers=two", "must be a whole number"),
         ("tasks.captoin=1", "tasks.captoin is unknown; did you mean caption?"),
