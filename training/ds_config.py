@@ -189,22 +189,27 @@ def default_path(gpus: int) -> Path:
     return FOLDER / ("cpu-offload.json" if not gpus else "gpu-1.json" if gpus == 1 else "gpu-8.json")
 
 
-def resolve(recipe: Recipe, world: int, gpus: int, swap: Path, here: bool = True) -> DSConfig:
+def resolve(
+    recipe: Recipe, world: int, gpus: int, swap: Path, here: bool = True, multiplies: bool | None = None
+) -> DSConfig:
     """Read the recipe's ds_config, check it against the recipe and `world` ranks, fill in what is derived.
 
     `gpus`: GPUs of a node (0: CPU only); `swap`: folder for `nvme_path: auto`; `here`: the job is to run on this
-    machine, whose tools and disks are checked, too. Raises UserError.
+    machine, whose tools and disks are checked, too; `multiplies`: whether the job's devices multiply bf16, which this
+    machine is asked if None. Raises UserError.
     """
     path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)
     values = _merge(read_mapping(path), recipe.ds)
     try:
-        return _resolve(values, recipe, world, gpus, swap, here)
+        return _resolve(values, recipe, world, gpus, swap, here, multiplies)
     except UserError as error:
         source = f"{path} with the changes of ds" if recipe.ds else path
         raise UserError(f"{source}: {one_line(str(error))}") from None
 
 
-def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap: Path, here: bool) -> DSConfig:
+def _resolve(
+    values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap: Path, here: bool, multiplies: bool | None
+) -> DSConfig:
     values = _checked(values)
     zero = values.get("zero_optimization", {})
     if zero.get("stage") != 3:
@@ -215,7 +220,7 @@ def _resolve(values: dict[str, Any], recipe: Recipe, world: int, gpus: int, swap
         raise UserError("model.image_patches=0: DeepSpeed cannot shard a weight without elements: use at least 1")
     parallel = _expert_parallel(values, model, world)
     micro, accumulation = _batch(values, recipe, world)
-    bf16 = _bf16(values.get("bf16", {}), gpus)
+    bf16 = _bf16(values.get("bf16", {}), gpus, multiplies)
     states = block.get("optimizer_states", "fp32")
     sums = _sums(values.get("data_types", {}), states)
     sizes = Sizes.of(bf16["enabled"], sums, compact=states == COMPACT)
@@ -332,10 +337,12 @@ def _is_whole(value: Any, least: int, most: int) -> bool:
     return number and least <= value <= most and value % 1 == 0
 
 
-def _bf16(block: Mapping[str, Any], gpus: int) -> dict[str, Any]:
+def _bf16(block: Mapping[str, Any], gpus: int, multiplies: bool | None) -> dict[str, Any]:
     """`enabled: auto` is bf16 (with fp32 masters) where the hardware multiplies it, else plain fp32."""
     enabled = block.get("enabled", "auto")
-    return {**block, "enabled": (gpus > 0 or multiplies_bf16()) if enabled == "auto" else enabled}
+    if enabled == "auto":
+        enabled = gpus > 0 or (multiplies_bf16() if multiplies is None else multiplies)
+    return {**block, "enabled": enabled}
 
 
 def _with_capacity(model: ModelConfig, block: Mapping[str, Any]) -> ModelConfig:

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from launch.planner.hardware import Hardware
+from launch.planner.hardware import MULTIPLYING, PRECISIONS, Hardware
 from training.errors import UserError
-from training.recipe import Section, parse_settings, read_mapping
+from training.recipe import Section, nearest, parse_settings, read_mapping
 
 FOLDER = Path(__file__).resolve().parent.parent / "clusters"
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1, le=10**6, strict=True)]
+# Bounds that no machine comes near, so that nothing overflows.
+Amount = Annotated[float, Field(ge=1, le=1e21)]  # bytes, bytes a second, FLOP/s
+Watts = Annotated[float, Field(gt=0, le=1e9)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
 
 
-class Device(Section):
+def _known_precision(name: str) -> str:
+    if name not in PRECISIONS:
+        raise ValueError(f"is unknown{nearest(name, PRECISIONS)}")
+    return name
+
+
+Precision = Annotated[str, AfterValidator(_known_precision)]
+
+
+class Part(Section):
+    """Of a cluster file: `true` is no number there, nor is text."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Device(Part):
     """`cpu`: a device is a rank's share of its host, and what is on it counts as the host's memory."""
 
     kind: Literal["gpu", "cpu"] = "gpu"
     name: str
-    memory_bytes: Positive
-    memory_bytes_per_second: Positive
-    peak_flops: dict[str, Positive]  # by precision, of dense products
-    process_bytes: Positive | None = None  # of a rank beside all tensors; assumed if not known
+    memory_bytes: Amount
+    memory_bytes_per_second: Amount
+    peak_flops: dict[Precision, Amount]  # of dense products
+    process_bytes: Amount | None = None  # of a rank beside all tensors; assumed if not known
 
     @model_validator(mode="after")
     def _multiplies(self) -> Device:
@@ -34,32 +52,32 @@ class Device(Section):
         return self
 
 
-class Links(Section):
+class Links(Part):
     """Bytes a second in one direction."""
 
-    inside_node: Positive  # a device
-    between_nodes: Positive  # a node
-    host_to_device: Positive  # a device
-    host_to_devices: Positive | None = None  # a node, all devices at once; as many times a device's if not known
+    inside_node: Amount  # a device
+    between_nodes: Amount  # a node
+    host_to_device: Amount  # a device
+    host_to_devices: Amount | None = None  # a node, all devices at once; as many times a device's if not known
 
 
-class Host(Section):
-    memory_bytes: Positive
-    memory_bytes_per_second: Positive
+class Host(Part):
+    memory_bytes: Amount
+    memory_bytes_per_second: Amount
 
 
-class Disks(Section):
+class Disks(Part):
     """A node's, all together. A rate that is not known is assumed from the size."""
 
-    bytes: Annotated[float, Field(ge=0)]
-    read_bytes_per_second: Positive | None = None
-    write_bytes_per_second: Positive | None = None
+    bytes: Annotated[float, Field(ge=0, le=1e21)]
+    read_bytes_per_second: Amount | None = None
+    write_bytes_per_second: Amount | None = None
 
 
-class Power(Section):
-    device_watts: Positive
-    node_watts: Positive  # while training, host and devices
-    switch_watts: Annotated[float, Field(ge=0)] = 0.0  # a node's share of the switches
+class Power(Part):
+    device_watts: Watts
+    node_watts: Watts  # while training, host and devices
+    switch_watts: Annotated[float, Field(ge=0, le=1e9)] = 0.0  # a node's share of the switches
 
     @model_validator(mode="after")
     def _covers_its_devices(self) -> Power:
@@ -68,20 +86,20 @@ class Power(Section):
         return self
 
 
-class Price(Section):
-    per_device_hour: Annotated[float, Field(ge=0)]
+class Price(Part):
+    per_device_hour: Annotated[float, Field(ge=0, le=1e9)]
     currency: str
-    date: int | str
+    date: int | str | datetime.date
 
 
-class Failures(Section):
+class Failures(Part):
     """Default: Llama 3's 419 unexpected interruptions in 54 days of 16,384 H100 (arXiv 2407.21783, section 3.3.4)."""
 
     per_device_day: Annotated[float, Field(ge=0, le=1)] = 4.7e-4
-    restart_seconds: Positive = 600.0  # until training goes on; assumed
+    restart_seconds: Annotated[float, Field(gt=0, le=1e9)] = 600.0  # until training goes on; assumed
 
 
-class Cluster(Section):
+class Cluster(Part):
     nodes: Count
     devices_per_node: Count
     device: Device
@@ -93,6 +111,16 @@ class Cluster(Section):
     pue: Annotated[float, Field(ge=1, le=5)]
     grid_g_co2e_per_kwh: Annotated[float, Field(ge=0, le=2000)]
     failures: Failures = Failures()
+
+    @model_validator(mode="after")
+    def _powers_its_devices(self) -> Cluster:
+        least = MULTIPLYING * self.devices_per_node * self.power.device_watts
+        if self.power.node_watts < least:
+            raise ValueError(
+                f"power.node_watts={self.power.node_watts:g}: its {self.devices_per_node} devices alone draw {least:g} "
+                f"while they compute, {MULTIPLYING:g} of device_watts each"
+            )
+        return self
 
     @property
     def gpus_per_node(self) -> int:

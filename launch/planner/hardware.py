@@ -9,6 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from training.errors import UserError
+
+PRECISIONS = ("fp8", "bf16", "fp16", "fp32")
+# Of its rated power, what a device draws when it waits for links and hosts, and when it multiplies. Assumed; a node's
+# host share is what its measured draw leaves beside devices that multiply.
+WAITING, MULTIPLYING = 0.4, 0.9
+
 # Host links and host memory reach about as much of their peaks in large copies. Assumed.
 HOST_SHARE = 0.8
 
@@ -91,9 +98,10 @@ class Hardware:
         return family(self.device)
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of a precision; of the next wider one where the device has none such."""
+        """FLOP/s of a precision; of the next wider one where the device has none such. Raises UserError if none is."""
         wider = {"fp8": ("fp8", "bf16", "fp16"), "bf16": ("bf16", "fp16"), "fp16": ("fp16", "bf16")}
         for name in (*wider.get(precision, ()), "fp32"):
             if name in self.peak_flops:
                 return self.peak_flops[name]
-        raise KeyError(precision)
+        key = f"device.peak_flops.{precision}"
+        raise UserError(f"{key} is missing: the job computes in {precision}; say how fast that is")

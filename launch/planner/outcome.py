@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from launch.planner.cluster import Cluster
-from launch.planner.hardware import HOST_SHARE, Hardware
+from launch.planner.hardware import HOST_SHARE, MULTIPLYING, WAITING, Hardware
 from launch.planner.terms import Term, Terms
 
-# Of its rated power, what a device draws when it waits for links and hosts, and when it multiplies. Assumed; a node's
-# host share is what its measured draw leaves beside devices that multiply.
-WAITING, MULTIPLYING = 0.4, 0.9
 CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments
 HOUR, DAY = 3600, 86400
 

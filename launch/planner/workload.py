@@ -80,7 +80,10 @@ def _plain(model: str, cluster: Cluster, changes: list[str]) -> Recipe:
 
 def resolved(recipe: Recipe, cluster: Cluster, tokens: float) -> Work:
     """Raises UserError where the ds_config does not fit the recipe or the cluster's devices."""
-    config = resolve(recipe, cluster.devices, cluster.gpus_per_node, Path("swap"), here=False)
+    config = resolve(
+        recipe, cluster.devices, cluster.gpus_per_node, Path("swap"), here=False,
+        multiplies="bf16" in cluster.device.peak_flops,
+    )  # fmt: skip
     return Work(recipe, config, cluster, tokens)
 
 

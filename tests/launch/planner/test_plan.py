@@ -1,5 +1,6 @@
 """`m6 plan`: what it refuses, by-hand arithmetic, and what must hold whatever the numbers."""
 
+import datetime
 import json
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def test_search_finds_the_cheapest_that_fits_and_says_why_the_rest_lost() -> Non
 
 
 def changed(tmp_path: Path, **values: object) -> str:
-    """A cluster file with keys (`a__b` for a.b) set, or taken out where None."""
+    """A cluster file with keys (`a__b` for a.b) set, taken out where None, or left empty where `...`."""
     cluster = yaml.safe_load((FOLDER / f"{H100}.yaml").read_text())
     for key, value in values.items():
         *parents, last = key.split("__")
@@ -206,7 +207,7 @@ def changed(tmp_path: Path, **values: object) -> str:
         if value is None:
             del block[last]
         else:
-            block[last] = value
+            block[last] = None if value is ... else value
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(cluster))
     return str(path)
@@ -216,12 +217,22 @@ def changed(tmp_path: Path, **values: object) -> str:
     ("values", "message"),
     [
         ({"host__memory_bytes": None}, "host.memory_bytes is missing"),
-        ({"links__between_nodes": -1}, "links.between_nodes=-1: must be a finite number over 0"),
+        ({"links__between_nodes": -1}, "links.between_nodes=-1: must be a finite number from 1 to 1e+21"),
+        ({"links__host_to_devices": "x"}, "links.host_to_devices='x': must be a finite number from 1 to 1e+21"),
+        ({"links__host_to_devices": 0}, "links.host_to_devices=0: must be a finite number from 1 to 1e+21"),
+        ({"links__host_to_device": 1e-300}, "links.host_to_device=1e-300: must be a finite number from 1 to 1e+21"),
+        ({"links__inside_node": True}, "links.inside_node=True: must be a finite number from 1 to 1e+21"),
+        ({"disks__read_bytes_per_second": -1}, "disks.read_bytes_per_second=-1: must be a finite number from 1"),
+        ({"device__process_bytes": "x"}, "device.process_bytes='x': must be a finite number from 1"),
+        ({"device__peak_flops": {"bf16": 1e12, "bf61": 1e12}}, "device.peak_flops.bf61 is unknown; did you mean bf16?"),
+        ({"price__date": ...}, "price.date=None: must be a whole number or text"),
+        ({"price__date": [2026]}, "price.date=[2026]: must be a whole number or text"),
         ({"nodes": 0}, "nodes=0: must be a whole number from 1 to 1000000"),
         ({"pue": 0.5}, "pue=0.5: must be a finite number from 1 to 5"),
-        ({"device__memory_bytes": float("inf")}, "device.memory_bytes=inf: must be a finite number over 0"),
+        ({"device__memory_bytes": float("inf")}, "device.memory_bytes=inf: must be a finite number from 1"),
         ({"power__watts": 5}, "power.watts is unknown; did you mean"),
         ({"power__node_watts": 100}, "power.node_watts=100: is less than one device's 700"),
+        ({"power__node_watts": 800}, "power.node_watts=800: its 8 devices alone draw 5040 while they compute"),
     ],
 )
 def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, values: dict[str, object], message: str) -> None:
@@ -248,6 +259,31 @@ def test_a_wrong_request_is_one_line(arguments: list[str], message: str) -> None
     done = command(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("date", [2026, "2026-07", datetime.date(2026, 7, 1)])
+def test_a_price_is_of_any_date(tmp_path: Path, date: object) -> None:
+    assert load_cluster(changed(tmp_path, price__date=date)).price.date == date
+
+
+def test_an_unknown_rate_of_a_precision_is_one_line(tmp_path: Path) -> None:
+    cluster = load_cluster(changed(tmp_path, device__peak_flops={"bf16": 989e12}))
+    with pytest.raises(UserError, match=r"device\.peak_flops\.fp32 is missing: the job computes in fp32; say how fast"):
+        plan_of("m6-1t", cluster, "ds.bf16.enabled=false", "global_batch=4096")
+
+
+CPUS: dict[str, object] = {"device__kind": "cpu", "device__name": "CPU", "nodes": 1, "devices_per_node": 2}
+
+
+@pytest.mark.parametrize("this_one", [False, True])
+def test_this_machine_has_no_say_in_the_precision_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, this_one: bool
+) -> None:
+    monkeypatch.setattr("training.ds_config.multiplies_bf16", lambda: this_one)
+    for peaks, precision in (({"bf16": 2e11, "fp32": 1e11}, "bf16"), ({"fp32": 1e11}, "fp32")):
+        cluster = load_cluster(changed(tmp_path, **CPUS, device__peak_flops=peaks))
+        work = load_work("m6-tiny", cluster, "ds_configs/cpu.json", None, [], False)
+        assert work.job.layout.precision == precision
 
 
 def test_clusters_are_complete() -> None:
