@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from launch.planner.cluster import load_cluster
 from launch.planner.plan import PARTS, TIERS, Plan, as_json, make_plan
-from launch.planner.search import Candidate, search
+from launch.planner.search import Candidate, overrides, search
 from launch.planner.terms import Term
 from launch.planner.validation import constants, predict, read_rows, score
 from launch.planner.workload import Work, load_work
@@ -50,9 +52,18 @@ def plan_training(request: Request, as_json_text: bool, explained: str | None) -
     if explained:
         print(explanation(made, explained))
     elif as_json_text:
-        print(json.dumps(as_json(made), indent=1, ensure_ascii=False))
+        print(_json(as_json(made)))
     else:
-        show(made, Console())
+        show(made, _console())
+
+
+def _json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _console() -> Console:
+    """Shows names as they are, though they may read like Rich's markup."""
+    return Console(markup=False, emoji=False)
 
 
 def explanation(made: Plan, key: str) -> str:
@@ -181,15 +192,17 @@ SHOWN = 12  # of those that fit, on the terminal; JSON has all
 
 def plan_search(request: Request, as_json_text: bool) -> None:
     """The cheapest settings that fit, and why the rest lost. Raises UserError, also if nothing fits."""
-    found = search(request.work())
+    work = request.work()
+    found = search(work)
     best = found.best
     if as_json_text:
         rows = [
-            {"settings": c.settings, "fits": bool(c.plan and c.plan.fits), "cost": c.cost if c.plan else None,
+            {"settings": c.settings, "fits": c.fits, "cost": c.cost if c.plan else None,
              "reason": c.lost(best) if best else c.refused or c.plan.limits[0]}  # type: ignore[union-attr]
             for c in found.candidates
         ]  # fmt: skip
-        print(json.dumps({"best": best and best.settings, "candidates": rows}, indent=1, ensure_ascii=False))
+        chosen = {"overrides": overrides(best.settings, work.ds_key), "remarks": _remarks(best)} if best else {}
+        print(_json({"best": best and best.settings, **chosen, "candidates": rows}))
     if best is None:
         least = min((c for c in found.candidates if c.plan), key=_device_bytes, default=None)
         if least is None:
@@ -197,7 +210,12 @@ def plan_search(request: Request, as_json_text: bool) -> None:
         assert least.plan
         raise UserError(f"--search: no settings fit; the nearest ({_told(least)}): {'; '.join(least.plan.limits)}")
     if not as_json_text:
-        _show_search(found.candidates, best)
+        _show_search(found.candidates, best, work.ds_key)
+
+
+def _remarks(candidate: Candidate) -> list[str]:
+    assert candidate.plan
+    return candidate.plan.remarks
 
 
 def _device_bytes(candidate: Candidate) -> float:
@@ -206,12 +224,12 @@ def _device_bytes(candidate: Candidate) -> float:
 
 
 def _told(candidate: Candidate) -> str:
-    _, _, _, again, micro, _ = candidate.settings.values()
+    _, _, _, again, micro, *_ = candidate.settings.values()
     return f"{_places(candidate)}, {'recompute' if again else 'no recompute'}, {micro} rows"
 
 
 def _columns(candidate: Candidate) -> list[str]:
-    weights, states, kind, again, micro, _ = candidate.settings.values()
+    weights, states, kind, again, micro, *_ = candidate.settings.values()
     return [weights, f"{states} {kind}", "yes" if again else "no", str(micro)]
 
 
@@ -220,10 +238,10 @@ def _places(candidate: Candidate) -> str:
     return f"weights {weights}, {kind} optimizer {states}"
 
 
-def _show_search(candidates: list[Candidate], best: Candidate) -> None:
-    console = Console()
+def _show_search(candidates: list[Candidate], best: Candidate, ds_key: str) -> None:
+    console = _console()
     table = _table("weights", "optimizer", "recompute", "rows", "s a step", "GB", "cost", "times")
-    fitting = [c for c in candidates if c.plan and c.plan.fits]
+    fitting = [c for c in candidates if c.fits]
     for candidate in fitting[:SHOWN]:
         assert candidate.plan
         terms = candidate.plan.terms
@@ -234,25 +252,35 @@ def _show_search(candidates: list[Candidate], best: Candidate) -> None:
     console.print(table)
     if len(fitting) > SHOWN:
         console.print(f"and {len(fitting) - SHOWN} more that fit and cost more")
-    for places, reason in _too_large(candidates[len(fitting) :]).items():
+    for places, reason in _too_large(candidates).items():
         console.print(f"{places}, at the least: {reason}", soft_wrap=True)
-    console.print(
-        "\nTo take it: " + " ".join(f"ds.{key}={_text(value)}" for key, value in best.settings.items()), soft_wrap=True
-    )
+    for refusal, refused in _refusals(candidates).items():
+        console.print(f"refused ({'; '.join(refused)}): {refusal}", soft_wrap=True)
+    for remark in _remarks(best):
+        console.print(f"Note: {remark}.", soft_wrap=True)
+    console.print(f"\nTo take it: {shlex.join(overrides(best.settings, ds_key))}", soft_wrap=True)
 
 
 def _too_large(candidates: list[Candidate]) -> dict[str, str]:
-    """What the most modest settings of each pair of tiers lack."""
+    """What the most modest settings of each pair of tiers lack, where none of that pair fit."""
+    fitting = {_places(candidate) for candidate in candidates if candidate.fits}
     found: dict[str, Candidate] = {}
     for candidate in candidates:
         places = _places(candidate)
-        if candidate.plan and (places not in found or _device_bytes(candidate) < _device_bytes(found[places])):
+        if not candidate.plan or places in fitting:
+            continue
+        if places not in found or _device_bytes(candidate) < _device_bytes(found[places]):
             found[places] = candidate
     return {places: "; ".join(candidate.plan.limits) for places, candidate in found.items() if candidate.plan}
 
 
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _refusals(candidates: list[Candidate]) -> dict[str, list[str]]:
+    """The tiers of which settings were refused, by the reason, and each once."""
+    found: dict[str, dict[str, None]] = {}
+    for candidate in candidates:
+        if candidate.refused:
+            found.setdefault(candidate.refused, {})[_places(candidate)] = None
+    return {refusal: list(places) for refusal, places in found.items()}
 
 
 def plan_validation(path: Path, as_json_text: bool) -> None:
@@ -262,7 +290,7 @@ def plan_validation(path: Path, as_json_text: bool) -> None:
     if as_json_text:
         rows = [asdict(row) | {"error": row.error} for row in predictions]
         found = {"groups": {name: asdict(g) for name, g in groups.items()}, "constants": constants(), "rows": rows}
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(_json(found))
         return
     table = _table("group", "rows", "expressible", "mean error", "max error", "bias", "skill")
     for name, group in groups.items():
@@ -271,7 +299,7 @@ def plan_validation(path: Path, as_json_text: bool) -> None:
             name, str(group.rows), str(group.expressible), *(_percent(error) for error in errors),
             _percent(group.bias, "+"), "-" if group.skill is None else f"{group.skill:.2f}",
         )  # fmt: skip
-    console = Console()
+    console = _console()
     console.print(table)
     console.print(
         f"\n{sum(g.expressible for g in groups.values())} of {len(predictions)} rows are expressible; of the rest:"

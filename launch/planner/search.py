@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from launch.planner.plan import Plan, make_plan
-from launch.planner.workload import Work, resolved
+from launch.planner.workload import Work
 from training.ds_config import MOST_ROWS, OPTIMIZER_STATES, TIERS
 from training.errors import UserError
-from training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Candidate:
     settings: dict[str, Any]
     plan: Plan | None = None
     refused: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.plan is not None and self.plan.fits
 
     @property
     def cost(self) -> float:
@@ -45,14 +49,20 @@ class Found:
 def search(work: Work) -> Found:
     """Try tiers of weights and of the optimizer, recomputation and micro-batches."""
     tried = [_candidate(work, settings) for settings in _settings(work)]
-    fitting = sorted((c for c in tried if c.plan and c.plan.fits), key=lambda c: c.cost)
-    rest = [c for c in tried if not (c.plan and c.plan.fits)]
-    return Found(fitting[0] if fitting else None, fitting + rest)
+    fitting = sorted((c for c in tried if c.fits), key=lambda c: c.cost)
+    return Found(fitting[0] if fitting else None, fitting + [c for c in tried if not c.fits])
+
+
+def overrides(settings: dict[str, Any], key: str) -> list[str]:
+    """The settings as they are typed, where `key` is the recipe's that changes the ds_config."""
+    return [
+        f"{key}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()
+    ]
 
 
 def _settings(work: Work) -> Iterator[dict[str, Any]]:
-    share = work.recipe.global_batch // work.cluster.devices
-    micros = [rows for rows in range(1, min(share, MOST_ROWS) + 1) if share % rows == 0]
+    share, block = work.recipe.global_batch // work.cluster.devices, work.recipe.block
+    micros = [rows for rows in range(block, max(MOST_ROWS, block) + 1, block) if share % rows == 0]
     for weights, states, again, micro in itertools.product(TIERS, TIERS, (False, True), micros):
         if TIERS.index(weights) > TIERS.index(states):
             continue  # states are the larger and the rarer used: they go first
@@ -64,24 +74,12 @@ def _settings(work: Work) -> Iterator[dict[str, Any]]:
                 "m6.recompute": again,
                 "train_micro_batch_size_per_gpu": micro,
                 "data_types.grad_accum_dtype": "auto",
+                "m6.offload": None,  # a policy by layers would override the tiers that are tried
             }
 
 
 def _candidate(work: Work, settings: dict[str, Any]) -> Candidate:
     try:
-        return Candidate(settings, make_plan(replace(_with(work, settings), tokens=work.tokens)))
+        return Candidate(settings, make_plan(work.changed(overrides(settings, "ds"))))
     except UserError as error:
         return Candidate(settings, refused=str(error))
-
-
-def _with(work: Work, settings: dict[str, Any]) -> Work:
-    values = work.recipe.model_dump(mode="json")
-    for key, value in settings.items():
-        *parents, last = key.split(".")
-        block = values["ds"]
-        for parent in parents:
-            block = block.setdefault(parent, {})
-        block[last] = value
-    # A policy by layers would override the tiers that are tried.
-    values["ds"].setdefault("m6", {})["offload"] = None
-    return resolved(Recipe.model_validate(values), work.cluster, work.tokens)

@@ -30,6 +30,18 @@ class Work:
     cluster: Cluster
     tokens: float  # positions to be trained on
     filled: float = 1.0  # share of a row's positions that hold something; the others are left out of all work
+    delinked: bool = False  # the recipe is that of the training after its layers were delinked
+
+    @property
+    def ds_key(self) -> str:
+        """The key under which the recipe, as it was given, changes the ds_config."""
+        return "delink.then.ds" if self.delinked else "ds"
+
+    def changed(self, overrides: list[str]) -> Work:
+        """The same with overrides of its recipe. Raises UserError."""
+        recipe = parse_recipe(self.recipe.model_dump(mode="json"), overrides, "the recipe")
+        found = resolved(recipe, self.cluster, self.tokens)
+        return replace(found, filled=self.filled, delinked=self.delinked)
 
     @property
     def job(self) -> Job:
@@ -62,7 +74,7 @@ def load_work(
         if not recipe.delink.wanted:
             raise UserError("--delinked: the recipe has no delink.after or delink.flat; leave it out")
         recipe = recipe.delinked()
-    work = replace(resolved(recipe, cluster, tokens or TOKENS), filled=filled)
+    work = replace(resolved(recipe, cluster, tokens or TOKENS), filled=filled, delinked=delinked)
     if steps and not tokens:
         return replace(work, tokens=steps * work.usual.tokens)
     return work

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.plan import Request, plan_search
 from launch.planner.cluster import FOLDER, Cluster, load_cluster
 from launch.planner.hardware import Hardware
 from launch.planner.job import Shares
@@ -196,6 +197,65 @@ def test_search_finds_the_cheapest_that_fits_and_says_why_the_rest_lost() -> Non
     assert "the cheapest that fits" in lost and any(reason.startswith("device memory: ") for reason in lost)
 
 
+TEN_T, ONE_T = "launch/recipes/m6-10t.yaml", "ds_configs/m6-1t.json"
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "ds_config", "changes", "delinked", "filled"),
+    [
+        (TEN_T, H100, None, [], True, 1.0),
+        (TEN_T, H100, None, ["delink.then.ds.m6.offload.parameters.device=0-2"], True, 0.5),
+        ("m6-1t", V100, ONE_T, ["ds.m6.offload.optimizer.device=0-2"], False, 0.43),
+    ],
+)
+def test_what_a_search_prints_is_what_it_promises(
+    capsys: pytest.CaptureFixture[str], model: str, cluster: str, ds_config: str | None, changes: list[str],
+    delinked: bool, filled: float,
+) -> None:  # fmt: skip
+    plan_search(Request(model, cluster, ds_config, None, changes, delinked, filled), False)
+    taken = capsys.readouterr().out.partition("To take it: ")[2].split()
+    assert all(word.startswith("delink.then.ds." if delinked else "ds.") for word in taken)
+    promised = search(Request(model, cluster, ds_config, None, changes, delinked, filled).work()).best
+    plan = make_plan(Request(model, cluster, ds_config, None, [*changes, *taken], delinked, filled).work())
+    assert promised and promised.plan
+    assert {key: term.value for key, term in plan.terms.items()} == {
+        key: term.value for key, term in promised.plan.terms.items()
+    }
+
+
+def test_a_search_says_which_settings_were_refused_and_which_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_search(Request("m6-1t", V100, CONFIG, None, ["ds.bf16.enabled=false"], False), False)
+    said = capsys.readouterr().out.splitlines()
+    found = search(load_work("m6-1t", load_cluster(V100), CONFIG, None, ["ds.bf16.enabled=false"], False))
+    [refusal] = {candidate.refused for candidate in found.candidates if candidate.refused}
+    assert [line for line in said if "m6.optimizer_states=8-bit" in line and refusal in line]
+    lost = [line.partition(", at the least: ")[0] for line in said if ", at the least: " in line]
+    fitting = [candidate.settings for candidate in found.candidates if candidate.fits]
+    assert lost == ["weights none, fp32 optimizer none"]
+    assert not any(one["zero_optimization.offload_optimizer.device"] == "none" for one in fitting)
+
+
+def test_a_search_tells_what_its_choice_takes_for_granted(capsys: pytest.CaptureFixture[str]) -> None:
+    request = Request("m6-1t", V100, CONFIG, None, [], False)
+    plan_search(request, False)
+    assert "Note: V100-SXM3-32GB has no bf16: " in capsys.readouterr().out
+    plan_search(request, True)
+    found = json.loads(capsys.readouterr().out)
+    assert any(remark.startswith("V100-SXM3-32GB has no bf16: ") for remark in found["remarks"])
+
+
+def test_a_search_keeps_contrastive_groups_whole(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"model": "m6-t-1.4b", "steps": 9, "global_batch": 512 * 128, "tasks": {"contrast": 1}})
+    )
+    for pairs, rows in ((8, {16, 32}), (32, {64})):
+        work = load_work(str(recipe), load_cluster(A100), CONFIG, None, [f"contrast_pairs={pairs}"], False)
+        found = search(work)
+        tried = {candidate.settings["train_micro_batch_size_per_gpu"] for candidate in found.candidates}
+        assert found.best and tried == rows
+
+
 def changed(tmp_path: Path, **values: object) -> str:
     """A cluster file with keys (`a__b` for a.b) set, taken out where None, or left empty where `...`."""
     cluster = yaml.safe_load((FOLDER / f"{H100}.yaml").read_text())
@@ -253,6 +313,10 @@ def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, values: dict[str, obje
         ),
         (["--model", "m6-1t", "--cluster", V100, "--ds-config", CONFIG, "--explain", "dais"], "did you mean days"),
         (["--validate", "nowhere.csv"], "m6: --validate nowhere.csv: cannot be read"),
+        (
+            ["--model", "m6-1t", "--cluster", V100, "--ds-config", CONFIG, "ds.m6=null", "--search"],
+            "m6: --search: no settings fit: override 'ds.m6.optimizer_states=fp32': m6 has no parts",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_one_line(arguments: list[str], message: str) -> None:
