@@ -52,7 +52,6 @@ GIB = 2.0**30
 # Data sheets; NICs of DGX-2, Azure NDm A100 v4, DGX H100, DGX B200 and NVL72 (facts that each row's notes repeat).
 KINDS = {
     "V100": Kind(32 * GIB, 0.9e12, 125e12, 150e9, 300, 16, 100e9, 4e9, 1.5e12, node_factor=1.1),
-    "A100-40GB": Kind(40 * GIB, 1.56e12, 312e12, 300e9, 400, 8, 200e9, 31e9, 1.0e12),
     "A100-80GB": Kind(80 * GIB, 2.0e12, 312e12, 300e9, 400, 8, 200e9, 31e9, 1.7e12),
     "A100": Kind(40 * GIB, 1.56e12, 312e12, 300e9, 400, 8, 200e9, 31e9, 1.0e12),
     "H100-96GB": Kind(96 * GIB, 2.4e12, 836e12, 450e9, 500, 8, 400e9, 63e9, 2e12, fp8=1979e12),
@@ -67,12 +66,25 @@ KINDS = {
 OMNI_PATH = 12.5e9  # bytes a second of one link
 
 
+def family(row: Row) -> str:
+    """The name of a row's device without its sizes: a key of `KINDS`. Raises Inexpressible."""
+    found = re.search(r"G?[ABHV]\d00", row["gpu"].upper())
+    if not found or found[0] not in KINDS:
+        raise Inexpressible(f"the device {row['gpu'] or '(none)'} is not known")
+    return found[0]
+
+
+def _kind(row: Row) -> Kind:
+    """A row's device with the memory that its name states. Raises Inexpressible."""
+    plain, stated = KINDS[family(row)], re.search(r"(\d+) ?GB\b", row["gpu"].upper())
+    if not stated or int(stated[1]) in (round(plain.memory / GIB), round(plain.memory / 1e9)):
+        return plain
+    return KINDS.get(f"{family(row)}-{stated[1]}GB") or replace(plain, memory=int(stated[1]) * GIB)
+
+
 def machine(row: Row) -> Hardware:
     """The devices of a row in their usual nodes. Raises Inexpressible."""
-    name = row["gpu"].upper().replace(" ", "")
-    kind = next((KINDS[word] for word in KINDS if name.startswith(word.upper())), None)
-    if kind is None:
-        raise Inexpressible(f"the device {row['gpu'] or '(none)'} is not known")
+    kind = _kind(row)
     devices = int(number(row, "gpus") or kind.each)
     each = min(int(_noted(row, r"\b(\d+) [A-Z]+\d[\w-]*/node") or kind.each), devices)
     network = _noted(row, r"\b(\d+) Omni-Path/node")
@@ -95,6 +107,8 @@ def shape(row: Row) -> Shape:
     layers, hidden, ffn, seq = (number(row, name) for name in ("layers", "hidden", "ffn", "seq"))
     if not (layers and hidden and ffn and seq):
         raise Inexpressible(f"of its shape, {_missing(row, ('layers', 'hidden', 'ffn', 'seq'))} is not stated")
+    if number(row, "experts") and (lacking := _missing(row, ("top_k", "params_total", "params_active"))):
+        raise Inexpressible(f"of its experts, {lacking} is not stated")
     total, active = number(row, "params_total") or 0.0, number(row, "params_active") or 0.0
     experts, rows = number(row, "experts") or 0.0, number(row, "top_k") or 0.0
     vocab = number(row, "vocab") or max(DEFAULT_VOCAB, _left_for_vocab(total, layers, hidden, ffn))
@@ -112,7 +126,7 @@ def shape(row: Row) -> Shape:
     moe_layers = layers // (number(row, "moe_every") or 1)
     matrices = min((2, 3), key=lambda n: abs(moe_layers * experts * n * hidden * ffn - total))  # gated have three
     expert = matrices * hidden * ffn
-    common = (active - 2 * embedding - moe_layers * rows * expert) / layers if active else 4 * hidden**2
+    common = (active - 2 * embedding - moe_layers * rows * expert) / layers
     if common <= 0:
         raise Inexpressible("the active parameters are fewer than those of the experts used")
     all_experts = total - 2 * embedding - layers * common  # the stated total also tells of layers without experts
@@ -126,7 +140,7 @@ def shape(row: Row) -> Shape:
 
 
 def _missing(row: Row, names: tuple[str, ...]) -> str:
-    return ", ".join(name for name in names if not row[name])
+    return ", ".join(name for name in names if not number(row, name))
 
 
 def _left_for_vocab(total: float, layers: float, hidden: float, ffn: float) -> float:
@@ -139,16 +153,22 @@ DEFAULT_VOCAB = 50257  # GPT-2's, for rows that state none
 
 
 def layout(row: Row) -> Layout:
+    """Raises Inexpressible."""
     devices = number(row, "gpus")
     tp, pp = int(number(row, "tp") or 1), int(number(row, "pp") or 1)
     if not devices or not (row["dp"] or row["pp"]):
         raise Inexpressible("the parallelism is not stated")
     dp = int(number(row, "dp") or devices // (tp * pp))
+    if tp * pp * dp != devices:
+        raise Inexpressible(f"tp x pp x dp is {tp * pp * dp}, of {devices:g} devices")
+    ep = int(number(row, "ep") or 1)
+    if ep > devices // pp:
+        raise Inexpressible(f"ep is {ep}, of {devices // pp:g} devices of a stage")
     offload = row["offload"] or "none"
     micro, micros = _batch(row, dp, pp)
     zero = int(number(row, "zero") or 0)
     return Layout(
-        int(devices), tp, pp, dp, int(number(row, "ep") or 1), zero, _chunks(row, pp, zero),
+        int(devices), tp, pp, dp, ep, zero, _chunks(row, pp, zero),
         (number(row, "layers") or 0) % pp != 0, micro, micros, _recompute(row),
         (_hopper(row) and tp > 1) or _said_recompute(row) == "seqsel", overlapped=_hopper(row),
         experts_overlapped="1F1B overlap" in row["notes"],
@@ -165,7 +185,13 @@ def _tier(offload: str) -> str:
     return "nvme" if "nvme" in offload else "cpu" if "cpu" in offload else "device"
 
 
+# As rows name them; how fast devices multiply in others is not fitted.
+ROW_PRECISIONS = ("", "bf16", "fp16", "fp8", "mxfp8")
+
+
 def _precision(row: Row) -> str:
+    if row["precision"] not in ROW_PRECISIONS:
+        raise Inexpressible(f"precision={row['precision']}: no rate was fitted")
     fp8 = "FP8" in row["notes"] or (row["model"] in MLPERF_TOKENS and _hopper(row))
     return "fp8" if fp8 or "fp8" in row["precision"] else "bf16"
 
@@ -222,8 +248,8 @@ def _deepspeed(row: Row, zero: int) -> bool:
 
 
 def _hopper(row: Row) -> bool:
-    """Whether the device is of the time of fused attention."""
-    return not row["gpu"].startswith(("V100", "A100"))
+    """Whether the device is of the time of fused attention. Raises Inexpressible."""
+    return family(row) not in ("V100", "A100")
 
 
 def _noted(row: Row, pattern: str) -> float | None:
@@ -246,10 +272,14 @@ def number(row: Row, name: str) -> float | None:
 MLPERF_TOKENS = {"GPT-3 175B (MLPerf)": 1.208e9}  # and in fp8, where devices have it
 
 
-def trained_tokens(row: Row) -> float:
-    """Of the whole training: as noted (`14.8T tokens`, `tokens 3e+11`), or by the rules of the benchmark."""
+def check_batch(row: Row) -> None:
+    """Raises Inexpressible where a step has no stated length."""
     if not number(row, "global_batch_tokens"):
         raise Inexpressible("the batch of a step is not stated")
+
+
+def trained_tokens(row: Row) -> float:
+    """Of the whole training: as noted (`14.8T tokens`, `tokens 3e+11`), or by the rules of the benchmark."""
     if row["model"] in MLPERF_TOKENS:
         return MLPERF_TOKENS[row["model"]]
     if found := re.search(r"([\d.]+) ?([TBM]) tokens", row["notes"]):

@@ -1,14 +1,15 @@
 """Published measurements against predictions: each row from its configuration alone, scored by group.
 
 A group is the prefix of a row's id, up to the first dash. Skill is 1 - mean error / that of guessing the median of the
-group's other rows: what a constant would know.
+group's other rows of the same metric: what a constant would know.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,23 +24,22 @@ from launch.planner.terms import Terms
 from training.errors import UserError
 
 COLUMNS = ("id", "gpu", "gpus", "metric", "value", "unit", "notes", *published.COLUMNS)
-SCALES = {
-    "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "GB": 1e9, "GiB": 2.0**30, "TFLOP/s": 1e12, "J": 1.0, "kWh": 3.6e6,
-    "MWh": 3.6e9,
-}  # fmt: skip
-
 ALTERNATING_OVER_DIRECT = 1.015  # power before and behind a node's supplies, on the same runs (MLPerf Training 4.0)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A row, what was measured, and what is predicted (None: `reason` says why not), in the row's unit."""
+    """A row, what was measured, and what is predicted (None: `reason` says why not), in the row's unit.
+
+    `scale`: that unit, in the one in which rows of the metric are compared.
+    """
 
     id: str
     metric: str
     measured: float | None
     predicted: float | None
     reason: str = ""
+    scale: float = 1.0
 
     @property
     def group(self) -> str:
@@ -47,10 +47,14 @@ class Prediction:
 
     @property
     def error(self) -> float | None:
-        """As a share of what was measured."""
-        if self.predicted is None or not self.measured:
+        if self.predicted is None or self.measured is None:
             return None
-        return self.predicted / self.measured - 1
+        return _error(self.metric, self.predicted, self.measured)
+
+
+def _error(metric: str, guess: float, measured: float) -> float:
+    """As a share of what was measured; of a yes or no, 0 if it is right and 1 if not."""
+    return float(guess != measured) if metric in YES_OR_NO else guess / measured - 1
 
 
 @dataclass(frozen=True)
@@ -83,54 +87,66 @@ def read_rows(path: Path) -> list[Row]:
 
 def predict(row: Row) -> Prediction:
     """Never raises for a row that cannot be predicted: it says why."""
+    measured = None
     try:
-        measured = float(row["value"])
-    except ValueError:
-        return Prediction(row["id"], row["metric"], None, None, f"value={row['value']!r} is no number")
-    try:
-        return Prediction(row["id"], row["metric"], measured, _predicted(row))
+        measured = _measured(row)
+        predicted, scale = _predicted(row)
     except Inexpressible as lack:
         return Prediction(row["id"], row["metric"], measured, None, str(lack))
     except (ArithmeticError, ValueError):
         return Prediction(row["id"], row["metric"], measured, None, "its numbers describe no job")
+    return Prediction(row["id"], row["metric"], measured, predicted, "", scale)
 
 
-def _predicted(row: Row) -> float:
-    metric = row["metric"]
-    for beginning, model in MODELS.items():
-        if metric.startswith(beginning):
-            return model(row)
-    raise Inexpressible(f"there is no model of {metric}")
+def _measured(row: Row) -> float:
+    """Raises Inexpressible."""
+    value, metric = published.number(row, "value"), row["metric"]
+    if value is None:
+        raise Inexpressible("its value is not stated")
+    if metric in YES_OR_NO and value not in (0, 1):
+        raise Inexpressible(f"value={row['value']}: {metric} is 1 or 0")
+    if metric not in YES_OR_NO and not value:
+        raise Inexpressible("value=0: an error would be a share of nothing")
+    return value
 
 
-def _scale(row: Row) -> float:
-    if row["unit"] not in SCALES:
-        raise Inexpressible(f"the unit {row['unit']!r} is not known")
-    return SCALES[row["unit"]]
+def _predicted(row: Row) -> tuple[float, float]:
+    """In the row's unit; and that unit. Raises Inexpressible, ArithmeticError, ValueError."""
+    metric, unit = row["metric"], row["unit"].partition(" (")[0]
+    if metric not in METRICS:
+        raise Inexpressible(f"there is no model of {metric}")
+    found, units = METRICS[metric].model(row), METRICS[metric].units
+    if unit not in units:
+        raise Inexpressible(f"the unit {row['unit'] or '(none)'} is not one of {metric}: {', '.join(units)}")
+    if not math.isfinite(found) or (found <= 0 and metric not in YES_OR_NO):
+        raise ArithmeticError(found)
+    return found / units[unit], units[unit]
 
 
 def _step(row: Row) -> tuple[Job, Terms, float]:
-    """A row's job, the terms of its step, and the step's seconds."""
+    """A row's job, the terms of its step, and the step's seconds. Raises Inexpressible."""
     job, terms = published.job(row), Terms()
+    published.check_batch(row)
     return job, terms, add_step(terms, job, published.machine(row)).value
 
 
 def _iteration(row: Row) -> float:
-    return _step(row)[2] / _scale(row)
+    return _step(row)[2]
 
 
 def _hardware_flops(row: Row) -> float:
-    """As published: 96 B s L h^2 (1 + s/6h + V/16Lh), arXiv 2104.04473, with full recomputation."""
-    job, _, seconds = _step(row)
-    shape = job.shape
-    flops = 96.0 * job.tokens * shape.layers * shape.hidden**2
-    flops *= 1 + shape.seq / (6 * shape.hidden) + shape.vocab / (16 * shape.layers * shape.hidden)
-    return flops / seconds / job.layout.devices / _scale(row)
+    job, terms, seconds = _step(row)
+    shape, flops = job.shape, terms["flops.hardware"].value
+    if job.layout.recompute == "full" and shape.ffn == 4 * shape.hidden and not shape.experts:
+        # As published: 96 B s L h^2 (1 + s/6h + V/16Lh), arXiv 2104.04473.
+        flops = 96.0 * job.tokens * shape.layers * shape.hidden**2
+        flops *= 1 + shape.seq / (6 * shape.hidden) + shape.vocab / (16 * shape.layers * shape.hidden)
+    return flops / seconds / job.layout.devices
 
 
 def _model_flops(row: Row) -> float:
     job, terms, seconds = _step(row)
-    return terms["flops.model"].value / seconds / job.layout.devices / _scale(row)
+    return terms["flops.model"].value / seconds / job.layout.devices
 
 
 def _tokens(row: Row) -> float:
@@ -145,7 +161,7 @@ def _samples(row: Row) -> float:
 
 def _peak_memory(row: Row) -> float:
     job, terms = published.job(row), Terms()
-    return add_device(terms, job, add_states(terms, job)).value / _scale(row)
+    return add_device(terms, job, add_states(terms, job)).value
 
 
 def _states_memory(row: Row) -> float:
@@ -153,20 +169,17 @@ def _states_memory(row: Row) -> float:
     job = published.job(row)
     layout, shape = job.layout, job.shape
     each = layout.weight_bytes + layout.gradient_bytes + layout.state_bytes
-    return (shape.layers * shape.common + shape.all_experts) * each / (layout.tp * layout.pp) / _scale(row)
+    return (shape.layers * shape.common + shape.all_experts) * each / (layout.tp * layout.pp)
 
 
 def _activation_memory(row: Row) -> float:
-    mode = row["metric"].removeprefix("act_mem_per_gpu").strip("_").replace("no_recompute", "none")
-    return add_activations(Terms(), published.job(row), mode or "none").value / _scale(row)
+    mode = row["metric"].removeprefix(ACTIVATIONS).replace("no_recompute", "none")
+    return add_activations(Terms(), published.job(row), mode).value
 
 
 def _capacity(row: Row) -> float:
     """The most parameters that a machine trains, by the states of its ZeRO stage and tier."""
-    scale = {"max_params_billion": 1e9, "max_params_trillion": 1e12}.get(row["metric"])
-    if scale is None:
-        raise Inexpressible(f"there is no model of {row['metric']}")
-    return published.capacity(row, CONTEXT_BYTES, FRAGMENTED) / scale
+    return published.capacity(row, CONTEXT_BYTES, FRAGMENTED)
 
 
 def _fits(row: Row) -> float:
@@ -197,7 +210,7 @@ def _joules_per_token(row: Row) -> float:
 
 
 def _energy(row: Row) -> float:
-    return _joules_per_token(row) * published.trained_tokens(row) / _scale(row)
+    return _joules_per_token(row) * published.trained_tokens(row)
 
 
 def _training_seconds(row: Row) -> float:
@@ -205,25 +218,59 @@ def _training_seconds(row: Row) -> float:
     return published.trained_tokens(row) / job.tokens * seconds
 
 
-def _device_hours(row: Row) -> float:
-    return _training_seconds(row) / 3600 * published.machine(row).devices
+def _device_seconds(row: Row) -> float:
+    return _training_seconds(row) * published.machine(row).devices
 
 
 def _not_a_measure(row: Row) -> float:
     raise Inexpressible("a ratio without its two runs")
 
 
-# By the beginning of the metric's name; the first that fits.
-MODELS: dict[str, Callable[[Row], float]] = {
-    "iter_time": _iteration, "step_time": _iteration, "hw_tflops_per_gpu": _hardware_flops,
-    "model_tflops_per_gpu": _model_flops, "tokens_per_s_per_gpu": _tokens, "samples_per_s": _samples,
-    "peak_mem_per_gpu": _peak_memory, "param+opt_mem_per_gpu": _states_memory, "act_mem_per_gpu": _activation_memory,
-    "max_params": _capacity, "fits": _fits, "node_power_avg": _node_power, "energy_vs": _not_a_measure,
-    "energy_per_token": _joules_per_token, "energy": _energy, "gpu_hours": _device_hours,
-    "train_days": lambda row: _training_seconds(row) / 86400,
-    "time_to_train": lambda row: _training_seconds(row) / _scale(row),
-    "train_time": lambda row: _training_seconds(row) / _scale(row),
-}  # fmt: skip
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is predicted, and the units that it is published in: their sizes in the one of the prediction."""
+
+    model: Callable[[Row], float]
+    units: Mapping[str, float]
+
+
+def _units(plain: str, prefixes: str) -> dict[str, float]:
+    """A unit by itself and with prefixes, such as `kWh`."""
+    sizes = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+    return {plain: 1.0} | {f"{prefix}{plain}": sizes[prefix] for prefix in prefixes}
+
+
+SECONDS = _units("s", "m") | {"min": 60.0, "h": 3600.0, "days": 86400.0}
+FLOPS, WATTS = _units("FLOP/s", "GTP"), _units("W", "kM")
+TOKENS = _units("tok/s/GPU", "kM")
+BYTES = _units("B", "kMGT") | {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
+JOULES = _units("J", "kMGT") | {unit: 3600 * size for unit, size in _units("Wh", "kMG").items()}
+DEVICE_HOURS = dict.fromkeys(("GPU-h", *(f"{kind} GPU-h" for kind in published.KINDS), "A100-80 GPU-h"), 3600.0)
+
+ACTIVATIONS = "act_mem_per_gpu_"
+YES_OR_NO = ("fits",)
+METRICS = {
+    **dict.fromkeys(("iter_time", "step_time"), Metric(_iteration, SECONDS)),
+    "hw_tflops_per_gpu": Metric(_hardware_flops, FLOPS),
+    "model_tflops_per_gpu": Metric(_model_flops, FLOPS),
+    "tokens_per_s_per_gpu": Metric(_tokens, TOKENS),
+    "samples_per_s": Metric(_samples, _units("sample/s", "k")),
+    "peak_mem_per_gpu": Metric(_peak_memory, BYTES),
+    "param+opt_mem_per_gpu": Metric(_states_memory, BYTES),
+    **{
+        f"{ACTIVATIONS}{mode}": Metric(_activation_memory, BYTES)
+        for mode in ("no_recompute", "selective", "full", "seqpar", "seqpar+selective", "seqpar+full")
+    },
+    "max_params_billion": Metric(_capacity, {"1e9 params": 1e9}),
+    "max_params_trillion": Metric(_capacity, {"1e12 params": 1e12}),
+    "fits": Metric(_fits, {"bool": 1.0}),
+    **dict.fromkeys(("node_power_avg", "node_power_avg_ac"), Metric(_node_power, WATTS)),
+    **dict.fromkeys(("energy", "energy_train"), Metric(_energy, JOULES)),
+    "energy_per_token": Metric(_joules_per_token, _units("J", "m") | _units("J/token", "m")),
+    "energy_vs_gpt3": Metric(_not_a_measure, {}),
+    "gpu_hours": Metric(_device_seconds, DEVICE_HOURS),
+    **dict.fromkeys(("train_days", "train_time", "time_to_train"), Metric(_training_seconds, SECONDS)),
+}
 
 
 def score(predictions: Sequence[Prediction]) -> dict[str, Score]:
@@ -235,25 +282,26 @@ def score(predictions: Sequence[Prediction]) -> dict[str, Score]:
 
 
 def _score(rows: list[Prediction]) -> Score:
-    errors = {row.id: row.error for row in rows if row.error is not None}
+    errors = [row.error for row in rows if row.error is not None]
     if not errors:
         return Score(len(rows), 0, None, None, None, None)
-    values = list(errors.values())
-    mean = statistics.fmean(map(abs, values))
+    sizes = [abs(error) for error in errors]
     return Score(
-        len(rows), len(values), mean, max(map(abs, values)), statistics.fmean(values), _skill(rows)
+        len(rows), len(errors), statistics.fmean(sizes), max(sizes), statistics.fmean(errors), _skill(rows)
     )  # fmt: skip
 
 
 def _skill(rows: list[Prediction]) -> float | None:
     """1 - mean error / that of the median of the group's other rows of the same metric; None without others."""
-    known = [(row, row.measured, row.error) for row in rows if row.measured and row.error is not None]
+    known = [
+        (row, row.measured * row.scale, row.error) for row in rows if row.measured is not None and row.error is not None
+    ]
     errors, guesses = [], []
     for row, measured, error in known:
         others = [value for other, value, _ in known if other is not row and other.metric == row.metric]
         if others:
             errors.append(abs(error))
-            guesses.append(abs(statistics.median(others) / measured - 1))
+            guesses.append(abs(_error(row.metric, statistics.median(others), measured)))
     baseline = sum(guesses)
     return 1 - sum(errors) / baseline if baseline > 0 else None
 
