@@ -54,8 +54,9 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
     passes = PASSES + (2 if layout.recompute == "full" else 0)
     stored = terms.add(
         "step.stored",
-        "hidden * ((18 + 4 * width) / tp if sequence_parallel else 10 + (8 + 4 * width) / tp) + 5 * heads * seq / tp "
-        "* scores", "B a token and layer", "[2] section 4: what a layer stores, its feed-forward layer `width` wide",
+        "size / 2 * (hidden * ((18 + 4 * width) / tp if sequence_parallel else 10 + (8 + 4 * width) / tp) "
+        "+ 5 * heads * seq / tp * scores)", "B a token and layer",
+        "[2] section 4, of 16 bits: what a layer stores, its feed-forward layer `width` wide", size=layout.weight_bytes,
         width=shape.width, hidden=shape.hidden, tp=layout.tp, sequence_parallel=layout.sequence_parallel,
         heads=shape.heads, seq=shape.seq, scores=0 if shape.fused_attention else 1,
     )  # fmt: skip
@@ -66,23 +67,24 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
         share=machine.family.memory,
     )  # fmt: skip
     weights = terms.add(
-        "step.weights", "(2 * reads + 2 * gradient) * parameters / (bandwidth * share)", "s a micro-batch",
-        "16-bit weights are read in each pass, sums of gradients read and written",
+        "step.weights", "(size * reads + 2 * gradient) * parameters / (bandwidth * share)", "s a micro-batch",
+        "weights are read in each pass, sums of gradients read and written", size=layout.weight_bytes,
         reads=3 if layout.recompute == "full" else 2, gradient=layout.gradient_bytes, parameters=computed_here(job),
         bandwidth=machine.device_bandwidth, share=machine.family.memory,
     )  # fmt: skip
     experts = terms.add(
         "step.dispatch",
-        "2 * passes * tokens * rows * layers / (pp * tp) * (4 * hidden + 4 * ffn) / (bandwidth * share)",
-        "s a micro-batch", "rows are gathered, put through an expert of width ffn, and put back; 16-bit", passes=passes,
+        "passes * tokens * rows * layers / (pp * tp) * size * (4 * hidden + 4 * ffn) / (bandwidth * share)",
+        "s a micro-batch", "rows are gathered, put through an expert of width ffn, and put back", passes=passes,
+        size=layout.weight_bytes,
         tokens=job.micro_tokens, rows=shape.rows, layers=shape.expert_layers, pp=layout.pp, tp=layout.tp,
         hidden=shape.hidden, ffn=shape.ffn, bandwidth=machine.device_bandwidth, share=machine.family.memory,
     )  # fmt: skip
     logits = terms.add(
-        "step.logits", "20 * tokens * targets * vocab / tp / (bandwidth * share)", "s a micro-batch",
-        "16-bit logits, an fp32 copy and its gradient, each written and read", tokens=job.micro_tokens,
-        targets=shape.targets, vocab=shape.vocab, tp=layout.tp, bandwidth=machine.device_bandwidth,
-        share=machine.family.memory,
+        "step.logits", "2 * (size + 4 + 4) * tokens * targets * vocab / tp / (bandwidth * share)", "s a micro-batch",
+        "logits, an fp32 copy and its gradient, each written and read", size=layout.weight_bytes,
+        tokens=job.micro_tokens, targets=shape.targets, vocab=shape.vocab, tp=layout.tp,
+        bandwidth=machine.device_bandwidth, share=machine.family.memory,
     )  # fmt: skip
     masks = terms.add(
         "step.one_hot",

@@ -94,6 +94,11 @@ class Hardware:
         return self.devices / self.devices_per_node
 
     @property
+    def busy_host_link(self) -> float:
+        """A device's rate to the host while its neighbours copy too."""
+        return min(self.host_link, self.host_links / self.devices_per_node)
+
+    @property
     def family(self) -> Family:
         return family(self.device)
 

@@ -17,8 +17,8 @@ def add_host_traffic(terms: Terms, job: Job, machine: Hardware) -> Term:
     weights = terms.add(
         "step.host_weights", "micro_batches * 2 * weight * offloaded * parameters / (link * share)", "s",
         "[1] section 4: a device's share of the weights, forward and backward", micro_batches=layout.micro_batches,
-        weight=layout.weight_bytes, offloaded=1 - layout.parameters.device, parameters=local, link=_host_link(machine),
-        share=HOST_SHARE,
+        weight=layout.weight_bytes, offloaded=1 - layout.parameters.device, parameters=local,
+        link=machine.busy_host_link, share=HOST_SHARE,
     )  # fmt: skip
     disk = terms.add(
         "step.disk_weights", "micro_batches * 2 * weight * on_disk * parameters / (read * share)", "s",
@@ -27,10 +27,10 @@ def add_host_traffic(terms: Terms, job: Job, machine: Hardware) -> Term:
         parameters=states_here(layout, shape.total, machine), read=machine.disk_read, share=HOST_SHARE,
     )  # fmt: skip
     activations = terms.add(
-        "step.host_activations", "micro_batches * 2 * offloaded * 2 * tokens * hidden * layers / (link * share)", "s",
-        "[1] section 5: each layer's input, there and back", micro_batches=layout.micro_batches,
-        offloaded=1 - layout.activations.device, tokens=job.micro_tokens, hidden=shape.hidden, layers=shape.layers,
-        link=_host_link(machine), share=HOST_SHARE,
+        "step.host_activations", "micro_batches * 2 * size * offloaded * tokens * hidden * layers / (link * share)",
+        "s", "[1] section 5: each layer's input, there and back", micro_batches=layout.micro_batches,
+        size=layout.weight_bytes, offloaded=1 - layout.activations.device, tokens=job.micro_tokens,
+        hidden=shape.hidden, layers=shape.layers, link=machine.busy_host_link, share=HOST_SHARE,
     )  # fmt: skip
     return terms.total("step.host_traffic", "s", [weights, disk, activations])
 
@@ -55,7 +55,7 @@ def add_optimizer(terms: Terms, job: Job, machine: Hardware) -> Term:
     copies = terms.add(
         "step.host_updates", "offloaded * (gradient + weight) * parameters / (link * share)", "s",
         "gradients down, new weights up", offloaded=1 - layout.optimizer.device, gradient=layout.gradient_bytes,
-        weight=layout.weight_bytes, parameters=total / layout.devices, link=_host_link(machine), share=HOST_SHARE,
+        weight=layout.weight_bytes, parameters=total / layout.devices, link=machine.busy_host_link, share=HOST_SHARE,
     )  # fmt: skip
     disk = terms.add(
         "step.disk_states",
@@ -70,8 +70,3 @@ def add_optimizer(terms: Terms, job: Job, machine: Hardware) -> Term:
 def states_here(layout: Layout, total: float, machine: Hardware) -> float:
     """Parameters whose optimizer states are in one node."""
     return total * min(machine.devices_per_node, layout.devices) / layout.devices
-
-
-def _host_link(machine: Hardware) -> float:
-    """A device's rate to the host while its neighbours copy too."""
-    return min(machine.host_link, machine.host_links / machine.devices_per_node)

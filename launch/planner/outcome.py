@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from launch.planner.cluster import Cluster
 from launch.planner.hardware import HOST_SHARE, MULTIPLYING, WAITING, Hardware
+from launch.planner.job import Shares
 from launch.planner.terms import Term, Terms
 
 CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments
@@ -61,8 +62,13 @@ def add_outcome(terms: Terms, machine: Hardware, cluster: Cluster, tokens: float
     )  # fmt: skip
 
 
-def add_checkpoint(terms: Terms, machine: Hardware, cluster: Cluster, parameters: float, every: int) -> None:
-    """Terms `checkpoint.*`, and `effective.*`: the share of time that trains, at the stated failure rate and others."""
+def add_checkpoint(
+    terms: Terms, machine: Hardware, cluster: Cluster, parameters: float, every: int, states: Shares
+) -> None:
+    """Terms `checkpoint.*`, and `effective.*`: the share of time that trains, at the stated failure rate and others.
+
+    `states`: of the optimizer, which are what is saved.
+    """
     size = terms.add(
         "checkpoint.bytes", "each * parameters", "B", "fp32 master and two moments", each=CHECKPOINT_BYTES,
         parameters=parameters,
@@ -73,8 +79,12 @@ def add_checkpoint(terms: Terms, machine: Hardware, cluster: Cluster, parameters
         disk=machine.disk_write, share=HOST_SHARE,
     )  # fmt: skip
     stall = terms.add(
-        "checkpoint.stall_seconds", "bytes / devices / (link * share)", "s", "training stops while states are copied",
-        bytes=size, devices=machine.devices, link=machine.host_link, share=HOST_SHARE,
+        "checkpoint.stall_seconds",
+        "bytes / nodes / share * (on_device / (each * link) + 2 * in_memory / memory + on_disk / read)", "s",
+        "training stops while states are copied: over the links, from memory to memory, or read",
+        bytes=size, nodes=machine.nodes, on_device=states.device, each=machine.devices_per_node,
+        link=machine.busy_host_link, in_memory=states.cpu, memory=machine.host_bandwidth, on_disk=states.nvme,
+        read=machine.disk_read, share=HOST_SHARE,
     )  # fmt: skip
     # A save that takes longer than the steps between saves delays the next one.
     between = terms.add(

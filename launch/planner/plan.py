@@ -60,7 +60,7 @@ def make_plan(work: Work) -> Plan:
         seconds=terms["step.seconds"], devices=machine.devices, peak=machine.peak(job.layout.precision),
     )  # fmt: skip
     add_outcome(terms, machine, work.cluster, work.tokens, work.usual.tokens)
-    add_checkpoint(terms, machine, work.cluster, counts.total, work.recipe.save_every)
+    add_checkpoint(terms, machine, work.cluster, counts.total, work.recipe.save_every, job.layout.optimizer)
     return Plan(work, terms, _limits(terms, work), _remarks(work))
 
 

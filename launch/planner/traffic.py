@@ -23,8 +23,9 @@ def _tensor(terms: Terms, job: Job, machine: Hardware) -> Term:
     """All-reduces of tensor parallelism: two a layer in each pass."""
     shape, layout = job.shape, job.layout
     return terms.add(
-        "step.tensor_parallel", "2 * passes * layers / pp * 2 * (tp - 1) / tp * tokens * hidden * 2 / (link * share)",
-        "s a micro-batch", "[1] section 3.2, ring all-reduce of 16-bit activations",
+        "step.tensor_parallel",
+        "2 * passes * layers / pp * 2 * (tp - 1) / tp * tokens * hidden * size / (link * share)",
+        "s a micro-batch", "[1] section 3.2, ring all-reduce of activations", size=layout.weight_bytes,
         passes=3 if layout.recompute == "full" else 2, layers=shape.layers, pp=layout.pp, tp=layout.tp,
         tokens=job.micro_tokens, hidden=shape.hidden, link=machine.link, share=LINK_SHARE,
     )  # fmt: skip
@@ -35,8 +36,9 @@ def _sends(terms: Terms, job: Job, machine: Hardware) -> Term:
     layout = job.layout
     copies = machine.devices_per_node / layout.tp * (1 if layout.scattered_sends else layout.tp)
     return terms.add(
-        "step.sends", "(pp > 1) * 2 * chunks * 2 * tokens * hidden * copies / (network * share)", "s a micro-batch",
-        "[1] sections 2.2 and 4.1", pp=layout.pp, chunks=layout.chunks, tokens=job.micro_tokens,
+        "step.sends", "(pp > 1) * 2 * chunks * size * tokens * hidden * copies / (network * share)", "s a micro-batch",
+        "[1] sections 2.2 and 4.1", pp=layout.pp, chunks=layout.chunks, size=layout.weight_bytes,
+        tokens=job.micro_tokens,
         hidden=job.shape.hidden, copies=copies, network=machine.network, share=machine.family.network,
     )  # fmt: skip
 

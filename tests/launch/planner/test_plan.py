@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launch.plan import Request, plan_search
 from launch.planner.cluster import FOLDER, Cluster, load_cluster
@@ -157,6 +159,47 @@ def test_more_offload_never_takes_more_of_the_device() -> None:
         for layers in (0, 1, 12, 24)
     ]  # fmt: skip
     assert by_layer == sorted(by_layer, reverse=True) and len(set(by_layer)) == 4
+
+
+def test_fp32_moves_twice_the_bytes() -> None:
+    changes = ["global_batch=4096", "ds.zero_optimization.offload_optimizer.device=none"]
+    half, full = (plan_of("m6-t-100b", A100, *changes, f"ds.bf16.enabled={on}").terms for on in ("true", "false"))
+    for key in ("step.activations", "step.dispatch", "step.all_to_all_bytes", "step.gathers", "step.host_weights"):
+        assert full[key].value == pytest.approx(2 * half[key].value) and half[key].value > 0, key
+    assert full["step.logits"].value / half["step.logits"].value == pytest.approx(12 / 10)  # beside fp32 copies
+    assert full["step.weights"].value / half["step.weights"].value == pytest.approx(
+        (4 * 3 + 8) / (2 * 3 + 8)
+    )  # recomputed
+
+
+@given(st.sampled_from([2, 4, 8]), st.sampled_from([2, 4]), st.booleans())
+def test_parallel_parts_exchange_weights_of_their_size(tp: int, pp: int, offloaded: bool) -> None:
+    work = load_work("m6-t-100b", load_cluster(A100), CONFIG, None, ["global_batch=4096"], False)
+
+    def seconds(size: int) -> Terms:
+        layout = replace(
+            work.job.layout, tp=tp, pp=pp, dp=512 // (tp * pp), weight_bytes=size,
+            activations=Shares.all_on("cpu" if offloaded else "device"),
+        )  # fmt: skip
+        terms = Terms()
+        add_step(terms, replace(work.job, layout=layout), work.cluster.hardware)
+        return terms
+
+    half, full = seconds(2), seconds(4)
+    for key in ("step.tensor_parallel", "step.sends", "step.host_activations"):
+        assert full[key].value == pytest.approx(2 * half[key].value)
+    assert (half["step.host_activations"].value > 0) == offloaded
+
+
+def test_a_save_stalls_for_the_copy_of_states_where_they_are() -> None:
+    cluster = load_cluster(V100)
+    machine, total = cluster.hardware, PRESETS["m6-1t"].config.parameter_counts().total
+    assert machine.busy_host_link < machine.host_link
+    rates = {"none": 16 * machine.busy_host_link, "cpu": machine.host_bandwidth / 2, "nvme": machine.disk_read}
+    for tier, rate in rates.items():
+        plan = plan_of("m6-1t", cluster, f"ds.zero_optimization.offload_optimizer.device={tier}")
+        stall = plan.terms["checkpoint.stall_seconds"].value
+        assert stall == pytest.approx(12 * total / 30 / (0.8 * rate), rel=1e-3)
 
 
 def test_larger_micro_batches_take_more_memory_and_offloaded_activations_less() -> None:
