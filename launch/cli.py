@@ -1,5 +1,6 @@
 """The `m6` command. Verbs import what they need when they run, so that `m6 --help` is instant."""
 
+import math
 import os
 import sys
 import traceback
@@ -469,17 +470,25 @@ def rehearse(
     rehearse_rank(Job(recipe_of(recipe, model, world, overrides, delinked), world, rank, layers), as_json)
 
 
+class Number(click.FloatRange):
+    """From a least to a most number; click lets "nan" through, which is neither less nor more."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is no number.", param, ctx)
+        return number
+
+
 @m6.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--model", help="A preset (see m6 models), or a recipe: launch/recipes/*.yaml.")
 @click.option("--cluster", help="A name in launch/clusters, or a file like those.")
 @click.option("--ds-config", help="The ds_config that will run; the recipe's if not given.")
-@click.option(
-    "--tokens", type=click.FloatRange(min=1), help="Trained on; a recipe's steps, or a billion, if not given."
-)
+@click.option("--tokens", type=Number(1, 1e18), help="Trained on; a recipe's steps, or a billion, if not given.")
 @click.option(
     "--filled",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0.001, 1),
     default=1.0,
     show_default=True,
     help="Share of a row's positions that hold something: the others are left out, and take memory but no time.",
@@ -506,8 +515,14 @@ def plan(
 
     KEY=VALUE overrides any key of the recipe, such as global_batch=3840 or ds.m6.recompute=true.
     """
-    from launch.plan import Request, plan_search, plan_training, plan_validation
+    from launch.plan import Request, check_options, plan_search, plan_training, plan_validation
 
+    given = {
+        "--model": model, "--cluster": cluster, "--ds-config": ds_config, "--tokens": tokens, "--filled": filled != 1,
+        "--delinked": delinked, "--search": search, "--explain": explain, "--validate": validate, "--json": as_json,
+        "KEY=VALUE": overrides,
+    }  # fmt: skip
+    check_options([name for name, value in given.items() if value])
     request = Request(model, cluster, ds_config, tokens, overrides, delinked, filled)
     if validate:
         plan_validation(validate, as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.planner.cluster import load_cluster
-from launch.planner.plan import PARTS, TIERS, Plan, as_json, make_plan
+from launch.planner.plan import PARTS, Plan, as_json, make_plan
 from launch.planner.search import Candidate, overrides, search
 from launch.planner.terms import Term
 from launch.planner.validation import constants, predict, read_rows, score
 from launch.planner.workload import Work, load_work
 from training.errors import UserError
+from training.placement import TIERS
 
 DIGITS = 3
 
@@ -44,6 +45,24 @@ class Request:
         assert self.model and self.cluster
         cluster = load_cluster(self.cluster)
         return load_work(self.model, cluster, self.ds_config, self.tokens, self.overrides, self.delinked, self.filled)
+
+
+# Options that another one would leave without a meaning.
+CLASHES = {
+    "--validate": (
+        "--model", "--cluster", "--ds-config", "--tokens", "--filled", "--delinked", "--search", "--explain",
+        "KEY=VALUE",
+    ),
+    "--search": ("--explain",),
+    "--explain": ("--json",),
+}  # fmt: skip
+
+
+def check_options(given: Collection[str]) -> None:
+    """Raises UserError where one would be ignored."""
+    for option, others in CLASHES.items():
+        if clashing := [other for other in others if option in given and other in given]:
+            raise UserError(f"{clashing[0]} says nothing beside {option}: leave one of them out")
 
 
 def plan_training(request: Request, as_json_text: bool, explained: str | None) -> None:

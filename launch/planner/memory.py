@@ -132,10 +132,15 @@ def expert_layer(job: Job) -> float:
 def add_device(terms: Terms, job: Job, states: Term, context: float = CONTEXT_BYTES) -> Term:
     """Returns `memory.device_bytes`, of the fullest device. `context`: of a process beside its tensors."""
     tensors = terms.total("memory.tensors", "B", [states, *add_passes(terms, job)])
-    return terms.add(
-        "memory.device_bytes", "tensors * (1 + fragmented) + context", "B", "fitted to BSA and ZCAP", tensors=tensors,
-        fragmented=FRAGMENTED, context=context,
+    lost = terms.add(
+        "memory.device.fragmentation", "share * tensors", "B", "lost between blocks: fitted to BSA and ZCAP",
+        share=FRAGMENTED, tensors=tensors,
     )  # fmt: skip
+    process = terms.add(
+        "memory.device.context", "bytes", "B", "of a process beside its tensors: measured, or fitted to BSA and ZCAP",
+        bytes=context,
+    )  # fmt: skip
+    return terms.total("memory.device_bytes", "B", [tensors, lost, process])
 
 
 def add_placed(

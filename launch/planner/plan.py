@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from launch.planner.hardware import Hardware
 from launch.planner.memory import CONTEXT_BYTES, HOST_PROCESS_BYTES, add_device, add_placed
 from launch.planner.outcome import CHECKPOINT_BYTES, add_checkpoint, add_outcome
 from launch.planner.step import add_step
 from launch.planner.terms import Terms
 from launch.planner.workload import Work
+from training.errors import UserError
+from training.placement import TIERS
 
-# How far an estimate may be off: about the largest errors of `m6 plan --validate` by kind of job (docs/planner.md).
-TIME, TIME_OF_EXPERTS, TIME_OF_OFFLOAD, MEMORY, POWER = 0.15, 0.30, 0.30, 0.10, 0.10
+# How far an estimate may be off: over the largest errors of `m6 plan --validate` by kind of job (docs/planner.md), and
+# of machines without GPUs those of benchmarks/plan_here.md.
+TIME, TIME_OF_EXPERTS, TIME_OF_OFFLOAD, MEMORY, POWER = 0.25, 0.30, 0.30, 0.10, 0.10
+TIME_OF_CPU, TIME_OF_CPU_DISKS, MEMORY_OF_CPU = 0.30, 0.60, 0.35
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,17 @@ class Plan:
     def band(self, key: str) -> float:
         """The share by which a term may be off: a plan is an interval."""
         if key.startswith("memory."):
-            return MEMORY
+            return MEMORY_OF_CPU if self.work.cluster.hardware.is_cpu else MEMORY
         if key.startswith(("parameters", "checkpoint.bytes", "tokens")) and key != "tokens_per_second":
             return 0.0
+        return self._band_of_time() + (POWER if key.startswith(("energy.", "co2e")) else 0)
+
+    def _band_of_time(self) -> float:
         layout, shape = self.work.job.layout, self.work.job.shape
+        if self.work.cluster.hardware.is_cpu:
+            return TIME_OF_CPU_DISKS if layout.optimizer.nvme or layout.parameters.nvme else TIME_OF_CPU
         offload = layout.optimizer.device < 1 or layout.parameters.device < 1
-        time = max(TIME, TIME_OF_OFFLOAD if offload else 0, TIME_OF_EXPERTS if shape.experts else 0)
-        return time + (POWER if key.startswith(("energy.", "co2e")) else 0)
+        return max(TIME, TIME_OF_OFFLOAD if offload else 0, TIME_OF_EXPERTS if shape.experts else 0)
 
     def estimate(self, key: str) -> dict[str, float]:
         value, band = self.terms[key].value, self.band(key)
@@ -44,6 +52,14 @@ class Plan:
 
 
 def make_plan(work: Work) -> Plan:
+    """Raises UserError where the job's numbers are beyond all bounds."""
+    try:
+        return _planned(work)
+    except ArithmeticError as error:
+        raise UserError(f"the plan's numbers overflow ({error}): make the model or its batch smaller") from None
+
+
+def _planned(work: Work) -> Plan:
     """Every term of a plan, in the order in which one follows from another."""
     job, machine, terms = work.job, work.cluster.hardware, Terms()
     counts = work.config.model.parameter_counts()
@@ -61,40 +77,27 @@ def make_plan(work: Work) -> Plan:
     )  # fmt: skip
     add_outcome(terms, machine, work.cluster, work.tokens, work.usual.tokens)
     add_checkpoint(terms, machine, work.cluster, counts.total, work.recipe.save_every, job.layout.optimizer)
-    return Plan(work, terms, _limits(terms, work), _remarks(work))
+    return Plan(work, terms, _limits(terms, work), _remarks(terms, work))
 
 
 def _limits(terms: Terms, work: Work) -> list[str]:
     machine = work.cluster.hardware
-    if machine.is_cpu:
-        return _limits_of_cpu(terms, machine)
-    wants = [
-        ("device memory", "device", terms["memory.device_bytes"].value, machine.device_bytes, _relief(work)),
-        (
-            "host memory",
-            "node",
-            terms["memory.host_bytes_per_node"].value,
-            machine.host_bytes,
-            "take more nodes, or nvme",
-        ),
-        ("NVMe space", "node", terms["memory.nvme_bytes_per_node"].value, machine.disk_bytes, "take more nodes"),
-    ]
+    device, host = terms["memory.device_bytes"].value, terms["memory.host_bytes_per_node"].value
+    if machine.is_cpu:  # ranks' devices and host are one memory
+        need = machine.devices_per_node * device + host
+        wants = [("memory", "node", need, machine.host_bytes, "take smaller micro-batches, or offload to nvme")]
+    else:
+        wants = [
+            ("device memory", "device", device, machine.device_bytes, _relief(work)),
+            ("host memory", "node", host, machine.host_bytes, "take more nodes, or nvme"),
+        ]
+    disks = terms["memory.nvme_bytes_per_node"].value
+    wants.append(("NVMe space", "node", disks, machine.disk_bytes, "take more nodes, or larger disks"))
     return [
         f"{what}: {need / 1e9:,.1f} GB a {where} are needed, {there / 1e9:,.1f} GB are there, "
         f"{(need - there) / 1e9:,.1f} GB are short: {way}"
         for what, where, need, there, way in wants
         if need > there
-    ]
-
-
-def _limits_of_cpu(terms: Terms, machine: Hardware) -> list[str]:
-    """Ranks' devices and host are one memory."""
-    need = machine.devices_per_node * terms["memory.device_bytes"].value + terms["memory.host_bytes_per_node"].value
-    if need <= machine.host_bytes:
-        return []
-    return [
-        f"memory: {need / 1e9:,.1f} GB a node are needed, {machine.host_bytes / 1e9:,.1f} GB are there, "
-        f"{(need - machine.host_bytes) / 1e9:,.1f} GB are short: take smaller micro-batches, or offload to nvme"
     ]
 
 
@@ -110,14 +113,45 @@ def _relief(work: Work) -> str:
     return "take smaller micro-batches or more devices"
 
 
-def _remarks(work: Work) -> list[str]:
-    found = list(work.cluster.assumed)
+def _remarks(terms: Terms, work: Work) -> list[str]:
+    own = (_remarks_on_states(work), _remarks_on_experts(work), _remarks_on_disks(terms, work))
+    return [*work.cluster.assumed, *itertools.chain(*own)]
+
+
+def _remarks_on_states(work: Work) -> list[str]:
+    found = []
     peaks = work.cluster.device.peak_flops
     if work.job.layout.precision == "bf16" and "bf16" not in peaks:
         found.append(
             f"{work.cluster.device.name} has no bf16: planned with the rate and bytes of fp16, which the engine does "
             "not train in; say bf16.enabled=false to plan what would run"
         )
+    config = work.config
+    pairs = zip(config.placement.parameters, config.placement.optimizer, strict=True)
+    if config.sizes.weight == config.sizes.master and any(TIERS.index(w) > TIERS.index(s) for w, s in pairs):
+        found.append(
+            "weights colder than their fp32 states save nothing: on one tier the two share their memory; leave "
+            "zero_optimization.offload_param.device where the optimizer's is"
+        )
+    if ignored := work.ignored:
+        found.append(f"not modelled: {', '.join(ignored)}; the plan is as if they were not set")
+    return found
+
+
+def _remarks_on_disks(terms: Terms, work: Work) -> list[str]:
+    machine, keep = work.cluster.hardware, work.recipe.keep
+    need = (keep + 1) * terms["checkpoint.bytes"].value / machine.nodes
+    free = machine.disk_bytes - terms["memory.nvme_bytes_per_node"].value
+    if need <= free:
+        return []
+    return [
+        f"keep={keep}: with the one being written, checkpoints take {need / 1e9:,.1f} GB a node, and its disks have "
+        f"{max(0.0, free) / 1e9:,.1f} GB free: keep fewer, or save to a file system that nodes share"
+    ]
+
+
+def _remarks_on_experts(work: Work) -> list[str]:
+    found = []
     rows, model, layout = work.job.shape.rows, work.config.model, work.job.layout
     if model.experts and layout.ep < layout.devices:
         found.append(
@@ -165,7 +199,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-TIERS = ("device", "cpu", "nvme")
 TOTALS = ("device_bytes", "host_bytes_per_node", "nvme_bytes_per_node")
 # Of a step, as they are shown: the first three are of one micro-batch; what overlaps with what, `--explain` tells.
 PARTS = (

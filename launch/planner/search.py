@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from launch.planner.plan import Plan, make_plan
-from launch.planner.workload import Work
+from launch.planner.workload import Work, typed
 from training.ds_config import MOST_ROWS, OPTIMIZER_STATES, TIERS
 from training.errors import UserError
 
@@ -55,9 +54,7 @@ def search(work: Work) -> Found:
 
 def overrides(settings: dict[str, Any], key: str) -> list[str]:
     """The settings as they are typed, where `key` is the recipe's that changes the ds_config."""
-    return [
-        f"{key}.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()
-    ]
+    return [typed(f"{key}.{name}", value) for name, value in settings.items()]
 
 
 def _settings(work: Work) -> Iterator[dict[str, Any]]:

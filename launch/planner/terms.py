@@ -31,9 +31,11 @@ class Terms(dict[str, Term]):
     """The terms of one plan by key, in the order of their making."""
 
     def add(self, key: str, formula: str, unit: str, source: str = "", **inputs: float | Term) -> Term:
-        """Work a term out of its formula, so that what is explained is what was computed."""
+        """Work a term out of its formula, so that what is explained is what was computed. Raises ArithmeticError."""
         numbers = {name: value.value if isinstance(value, Term) else value for name, value in inputs.items()}
         value = eval(_compiled(formula), FUNCTIONS, numbers)
+        if not math.isfinite(value):
+            raise OverflowError(f"{key} is {value}")
         self[key] = Term(key, value, unit, formula, inputs, source)
         return self[key]
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from launch.planner.cluster import Cluster
 from launch.planner.job import Job, Layout, Shape, Shares
 from model.config import PRESETS, ModelConfig
-from training.ds_config import DSConfig, resolve
+from training.ds_config import FOLDER, DSConfig, default_path, resolve
 from training.errors import UserError
 from training.placement import OPTIMIZER, PARAMETERS, Elements, Tiers
-from training.recipe import Recipe, load_recipe, nearest, parse_recipe
+from training.recipe import Recipe, leaves, load_recipe, nearest, parse_recipe, read_mapping
 
 # Of a preset without a recipe: the rows of a device as M6-T trained and, with 16 patches, 128 positions, as recalled.
 ROWS, TEXT_POSITIONS, TOKENS = 8, 112, 10**9
 
 KEPT, BUCKET = 1e9, 5e8  # elements: DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size
+
+
+def typed(key: str, value: Any) -> str:
+    """A setting as it is typed."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,17 @@ class Work:
         """The key under which the recipe, as it was given, changes the ds_config."""
         return "delink.then.ds" if self.delinked else "ds"
 
+    @property
+    def ignored(self) -> list[str]:
+        """Settings of the ds_config that no term stands for, and that are others than in our own ds_configs."""
+        path = default_path(self.cluster.gpus_per_node) if self.recipe.ds_config == "auto" else self.recipe.ds_config
+        asked = dict(leaves(read_mapping(path))) | dict(leaves(self.recipe.ds))
+        return [
+            typed(key, value)
+            for key, value in asked.items()
+            if value is not None and not _is_modelled(key) and value not in _own_settings().get(key, ())
+        ]
+
     def changed(self, overrides: list[str]) -> Work:
         """The same with overrides of its recipe. Raises UserError."""
         recipe = parse_recipe(self.recipe.model_dump(mode="json"), overrides, "the recipe")
@@ -52,6 +71,31 @@ class Work:
     def usual(self) -> Job:
         """With rows as they are, which take the time."""
         return Job(_shape(self.recipe, self.config, self.filled), _layout(self.config, self.cluster))
+
+
+# What a plan reads, or what costs nothing; all of the block m6 besides.
+MODELLED = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping", "gradient_accumulation_steps",
+    "bf16.enabled", "expert_parallel.enabled", "expert_parallel.autoep_size", "data_types.grad_accum_dtype",
+    *(f"zero_optimization.{name}" for name in (
+        "stage", "contiguous_gradients", "reduce_bucket_size", "stage3_max_live_parameters",
+        "offload_param.device", "offload_param.nvme_path", "offload_optimizer.device", "offload_optimizer.nvme_path",
+    )),
+}  # fmt: skip
+
+
+def _is_modelled(key: str) -> bool:
+    return key in MODELLED or key.split(".")[0] == "m6"
+
+
+@functools.cache
+def _own_settings() -> dict[str, list[Any]]:
+    """By key, what our own ds_configs hold."""
+    found: dict[str, list[Any]] = {}
+    for path in FOLDER.glob("*.json"):
+        for key, value in leaves(read_mapping(path)):
+            found.setdefault(key, []).append(value)
+    return found
 
 
 def load_work(
@@ -81,6 +125,8 @@ def load_work(
 
 
 def _plain(model: str, cluster: Cluster, changes: list[str]) -> Recipe:
+    if any(change.startswith("steps=") for change in changes):
+        raise UserError("steps=…: a preset has no steps; say --tokens, or plan a recipe")
     if model not in PRESETS:
         raise UserError(f"--model {model}: is no preset and no recipe (.yaml){nearest(model, PRESETS)}")
     plain = {
@@ -90,8 +136,19 @@ def _plain(model: str, cluster: Cluster, changes: list[str]) -> Recipe:
     return parse_recipe(plain, changes, f"--model {model}")
 
 
+MOST_LAYERS, MOST = 10**4, 10**9  # every layer is placed by itself; of all other sizes of a model
+
+
+def _check_sizes(model: ModelConfig) -> None:
+    for name, size in asdict(model).items():
+        most = MOST_LAYERS if name == "layers" else MOST
+        if isinstance(size, int | float) and size > most:
+            raise UserError(f"model.{name}={size}: is too much to plan; take at most {most}")
+
+
 def resolved(recipe: Recipe, cluster: Cluster, tokens: float) -> Work:
     """Raises UserError where the ds_config does not fit the recipe or the cluster's devices."""
+    _check_sizes(recipe.model_shape())
     config = resolve(
         recipe, cluster.devices, cluster.gpus_per_node, Path("swap"), here=False,
         multiplies="bf16" in cluster.device.peak_flops,

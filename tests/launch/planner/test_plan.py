@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.plan import Request, plan_search
+from launch.plan import Request, plan_search, plan_training
 from launch.planner.cluster import FOLDER, Cluster, load_cluster
 from launch.planner.hardware import Hardware
 from launch.planner.job import Shares
@@ -202,6 +203,116 @@ def test_a_save_stalls_for_the_copy_of_states_where_they_are() -> None:
         assert stall == pytest.approx(12 * total / 30 / (0.8 * rate), rel=1e-3)
 
 
+def test_fp32_weights_colder_than_their_states_save_nothing_and_are_told() -> None:
+    """Where both are on one tier they share their memory."""
+    base = ["model.share_layers=true", "ds.zero_optimization.offload_optimizer.device=none", "global_batch=4096"]
+
+    def plan(weights: str, bf16: str) -> Plan:
+        last = [f"ds.zero_optimization.offload_param.device={weights}", f"ds.bf16.enabled={bf16}"]
+        return plan_of("m6-10t", A100, *base, *last)
+
+    def told(plan: Plan) -> bool:
+        return any(remark.startswith("weights colder than their fp32 states save nothing") for remark in plan.remarks)
+
+    warm, cold = plan("none", "false"), plan("cpu", "false")
+    assert cold.terms["memory.states"].value == pytest.approx(warm.terms["memory.states"].value, rel=1e-3)
+    assert told(cold) and not told(warm) and not told(plan("cpu", "true"))
+
+
+@given(
+    st.sampled_from(["m6-t-1.4b", "m6-t-100b"]), st.booleans(), st.booleans(), st.sampled_from(["device", "cpu"]),
+    st.integers(0, 24),
+)  # fmt: skip
+def test_a_layer_more_on_the_host_never_takes_more_of_the_device(
+    model: str, bf16: bool, recompute: bool, weights: str, layers: int
+) -> None:
+    """But for weights colder than fp32 states, which the test above is about."""
+    kinds = {"device": "none"}
+    changes = [
+        "global_batch=4096", f"ds.bf16.enabled={str(bf16).lower()}", f"ds.m6.recompute={str(recompute).lower()}",
+        f"ds.zero_optimization.offload_param.device={kinds.get(weights, weights)}",
+        "ds.zero_optimization.offload_optimizer.device=none",
+    ]  # fmt: skip
+    layers = min(layers, PRESETS[model].config.layers)
+    sizes = [
+        plan_of(model, A100, *changes, *([f"ds.m6.offload.optimizer.cpu=0-{count - 1}"] if count else []))
+        .terms["memory.device_bytes"].value
+        for count in sorted({0, layers, PRESETS[model].config.layers})
+    ]  # fmt: skip
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(st.floats(1, 1e18), st.floats(0.001, 1))
+def test_the_figures_of_any_training_are_json_and_in_proportion(tokens: float, filled: float) -> None:
+    work = load_work("m6-1t", load_cluster(H100), CONFIG, tokens, ["global_batch=4096"], False, filled)
+    once, twice = (make_plan(replace(work, tokens=size)) for size in (tokens, 2 * tokens))
+    json.dumps(as_json(once), allow_nan=False)
+    for key in ("days", "energy.kwh", "co2e_kg", "cost"):
+        assert twice.terms[key].value == pytest.approx(2 * once.terms[key].value)
+    assert twice.terms["energy.joules_per_token"].value == pytest.approx(once.terms["energy.joules_per_token"].value)
+
+
+def test_numbers_that_overflow_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"the plan's numbers overflow \(hours is inf\)"):
+        plan_of("m6-1t", V100, tokens=1e400)
+
+
+def test_parts_of_memory_add_up(tmp_path: Path) -> None:
+    of_gpus = plan_of("m6-t-100b", A100, "global_batch=4096")
+    of_cpus = make_plan(load_work("m6-tiny", cpus(tmp_path), "ds_configs/nvme.json", None, [], False))
+    for plan in (of_gpus, of_cpus):
+        parts = as_json(plan)["memory"]["parts"]
+        for tier, key in (("device", "device_bytes"), ("cpu", "host_bytes_per_node"), ("nvme", "nvme_bytes_per_node")):
+            assert sum(parts[tier].values()) == pytest.approx(plan.terms[f"memory.{key}"].value)
+
+
+def test_disks_are_part_of_what_fits(tmp_path: Path) -> None:
+    for changes in (CPUS, {}):
+        cluster = load_cluster(changed(tmp_path, **changes, disks__bytes=0))
+        plan = make_plan(load_work("m6-t-1.4b", cluster, "ds_configs/nvme.json", None, ["global_batch=1024"], False))
+        assert any(limit.startswith("NVMe space: ") for limit in plan.limits)
+
+
+def test_disks_too_small_for_checkpoints_are_told(tmp_path: Path) -> None:
+    for size, told in ((0, True), (0.5e12, True), (30e12, False)):
+        plan = plan_of("m6-1t", load_cluster(changed(tmp_path, disks__bytes=size)), "global_batch=4096")
+        assert plan.fits
+        found = [remark for remark in plan.remarks if remark.startswith("keep=2: with the one being written, ")]
+        assert bool(found) == told
+        assert all(f"{3 * plan.terms['checkpoint.bytes'].value / 64 / 1e9:,.1f} GB a node" in one for one in found)
+
+
+def test_settings_that_no_term_stands_for_are_told() -> None:
+    changes = [
+        "ds.zero_optimization.stage3_param_persistence_threshold=100000", "ds.communication_data_type=fp32",
+        "ds.zero_optimization.stage3_prefetch_bucket_size=5", "ds.flops_profiler.enabled=true",
+        "ds.zero_optimization.offload_param.buffer_count=8", "ds.zero_optimization.reduce_bucket_size=1000000",
+    ]  # fmt: skip
+    [told] = [remark for remark in plan_of("m6-1t", V100, *changes).remarks if remark.startswith("not modelled: ")]
+    names = told.removeprefix("not modelled: ").partition(";")[0].split(", ")
+    assert sorted(names) == [
+        "communication_data_type=fp32", "flops_profiler.enabled=true",
+        "zero_optimization.offload_param.buffer_count=8", "zero_optimization.stage3_prefetch_bucket_size=5",
+    ]  # fmt: skip
+    for path in Path("ds_configs").glob("*.json"):
+        work = load_work("m6-1t", load_cluster(V100), str(path), None, [], False)
+        assert work.ignored == []
+
+
+def test_bands_cover_what_was_measured_here(tmp_path: Path) -> None:
+    page = Path("benchmarks/plan_here.md").read_text(encoding="utf-8")
+    jobs = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| .* \| \d", line)]
+    assert len(jobs) >= 10
+    for name, *figures in jobs:
+        step, step_planned, memory, memory_planned = (float(figures[place]) for place in (0, 1, 3, 4))
+        ds_config = "ds_configs/nvme.json" if "NVMe" in name else "ds_configs/cpu.json"
+        plan = make_plan(load_work("m6-tiny", cpus(tmp_path), ds_config, None, [], False))
+        for key, measured, planned in (
+            ("step.seconds", step, step_planned), ("memory.device_bytes", memory, memory_planned)
+        ):  # fmt: skip
+            assert max(measured / planned, planned / measured) <= 1 + plan.band(key), name
+
+
 def test_larger_micro_batches_take_more_memory_and_offloaded_activations_less() -> None:
     work = load_work("m6-t-100b", load_cluster(A100), CONFIG, None, ["global_batch=16384"], False)
     job = work.job
@@ -356,6 +467,19 @@ def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, values: dict[str, obje
         ),
         (["--model", "m6-1t", "--cluster", V100, "--ds-config", CONFIG, "--explain", "dais"], "did you mean days"),
         (["--validate", "nowhere.csv"], "m6: --validate nowhere.csv: cannot be read"),
+        (["--validate", "nowhere.csv", "--model", "m6-1t"], "m6: --model says nothing beside --validate: leave one"),
+        (["--validate", "nowhere.csv", "steps=5"], "m6: KEY=VALUE says nothing beside --validate: leave one"),
+        (["--search", "--explain", "days"], "m6: --explain says nothing beside --search: leave one"),
+        (["--json", "--explain", "days"], "m6: --json says nothing beside --explain: leave one"),
+        (["--tokens", "nan"], "m6: Invalid value for '--tokens': nan is no number"),
+        (["--tokens", "1e400"], "m6: Invalid value for '--tokens': inf is not in the range"),
+        (["--filled", "nan"], "m6: Invalid value for '--filled': nan is no number"),
+        (["--filled", "1e-300"], "m6: Invalid value for '--filled': 1e-300 is not in the range"),
+        (["--model", "m6-1t", "--cluster", V100, "steps=5"], "m6: steps=…: a preset has no steps; say --tokens"),
+        (
+            ["--model", "m6-1t", "--cluster", V100, "model.layers=100000000000"],
+            "m6: model.layers=100000000000: is too much to plan; take at most 10000",
+        ),
         (
             ["--model", "m6-1t", "--cluster", V100, "--ds-config", CONFIG, "ds.m6=null", "--search"],
             "m6: --search: no settings fit: override 'ds.m6.optimizer_states=fp32': m6 has no parts",
@@ -366,6 +490,16 @@ def test_a_wrong_request_is_one_line(arguments: list[str], message: str) -> None
     done = command(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = changed(tmp_path, device__name="H100 [/b] [v4] :smile:", price__currency="[/]")
+    request = Request("m6-1t", path, CONFIG, None, ["global_batch=4096"], False)
+    plan_training(request, False, None)
+    shown = capsys.readouterr().out
+    assert "512 x H100 [/b] [v4] :smile:" in shown and "  [/]" in shown
+    plan_search(request, False)
+    assert "To take it: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("date", [2026, "2026-07", datetime.date(2026, 7, 1)])
@@ -380,6 +514,10 @@ def test_an_unknown_rate_of_a_precision_is_one_line(tmp_path: Path) -> None:
 
 
 CPUS: dict[str, object] = {"device__kind": "cpu", "device__name": "CPU", "nodes": 1, "devices_per_node": 2}
+
+
+def cpus(tmp_path: Path) -> Cluster:
+    return load_cluster(changed(tmp_path, **CPUS))
 
 
 @pytest.mark.parametrize("this_one", [False, True])

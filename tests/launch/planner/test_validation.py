@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.plan import plan_validation
 from launch.planner import published
 from launch.planner.compute import add_flops
 from launch.planner.headline import text
+from launch.planner.plan import MEMORY, POWER, TIME, TIME_OF_EXPERTS, TIME_OF_OFFLOAD
 from launch.planner.terms import Terms
 from launch.planner.validation import Prediction, constants, predict, read_rows, score
 from training.errors import UserError
@@ -206,9 +208,35 @@ def test_a_table_without_a_column_is_refused(tmp_path: Path) -> None:
         read_rows(path)
 
 
-def test_the_command_prints_all_groups(capsys: pytest.CaptureFixture[str]) -> None:
-    from launch.plan import plan_validation
+def test_reasons_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TABLE.open(encoding="utf-8") as file:
+        found = [row | {"gpu": gpu} for row, gpu in zip(csv.DictReader(file), ("[/b]", "TPU [v4]"), strict=False)]
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    plan_validation(path, False)
+    shown = capsys.readouterr().out
+    assert "the device [/b] is not known" in shown and "the device TPU [v4] is not known" in shown
 
+
+def test_bands_cover_the_published_rows(rows: list[dict[str, str]]) -> None:
+    for row in rows:
+        found = predict(row)
+        if found.predicted is None or found.metric == "fits":
+            continue
+        band = max(TIME, TIME_OF_EXPERTS if row["experts"] else 0, TIME_OF_OFFLOAD if row["offload"] != "none" else 0)
+        if "mem" in found.metric:
+            band = MEMORY
+        elif "energy" in found.metric:
+            band += POWER
+        assert found.measured
+        ratio = found.predicted / found.measured
+        assert max(ratio, 1 / ratio) <= 1 + band, row["id"]
+
+
+def test_the_command_prints_all_groups(capsys: pytest.CaptureFixture[str]) -> None:
     plan_validation(TABLE, True)
     found = json.loads(capsys.readouterr().out)
     keys = {"rows", "expressible", "mean_abs_error", "max_abs_error", "bias", "skill"}
