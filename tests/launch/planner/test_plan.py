@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.plan import Request, plan_search, plan_training
@@ -28,6 +28,7 @@ from training.errors import UserError
 
 V100, A100, H100 = "v100-32g-x480", "a100-80g-x512", "h100-80g-x512"
 CONFIG = "ds_configs/gpu-8.json"
+LAW = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 def plan_of(model: str, cluster: str | Cluster, *changes: str, tokens: float | None = None) -> Plan:
@@ -122,6 +123,24 @@ def test_more_bandwidth_is_never_slower(rate: str, tier: str) -> None:
     assert seconds == sorted(seconds, reverse=True)
 
 
+@LAW
+@given(
+    st.sampled_from(RATES), st.floats(1.01, 100), st.sampled_from(["none", "cpu", "nvme"]), st.booleans(),
+    st.booleans(), st.sampled_from([1, 8, 64]),
+)  # fmt: skip
+def test_more_bandwidth_is_never_slower_in_any_settings(
+    rate: str, factor: float, tier: str, bf16: bool, recompute: bool, nodes: int
+) -> None:
+    cluster = load_cluster(A100).model_copy(update={"nodes": nodes})
+    changes = [f"ds.zero_optimization.offload_{kind}.device={tier}" for kind in ("param", "optimizer")]
+    changes += [f"ds.bf16.enabled={str(bf16).lower()}", f"ds.m6.recompute={str(recompute).lower()}"]
+    work = load_work("m6-t-1.4b", cluster, CONFIG, None, ["global_batch=4096", *changes], False)
+    machine = work.cluster.hardware
+    faster = replace(machine, **{rate: getattr(machine, rate) * factor})
+    slower = add_step(Terms(), work.job, machine).value
+    assert add_step(Terms(), work.job, faster).value <= slower * (1 + 1e-12)
+
+
 def test_a_higher_peak_is_never_slower() -> None:
     work = load_work("m6-t-100b", load_cluster(A100), CONFIG, None, ["global_batch=4096"], False)
     machine = work.cluster.hardware
@@ -173,6 +192,7 @@ def test_fp32_moves_twice_the_bytes() -> None:
     )  # recomputed
 
 
+@LAW
 @given(st.sampled_from([2, 4, 8]), st.sampled_from([2, 4]), st.booleans())
 def test_parallel_parts_exchange_weights_of_their_size(tp: int, pp: int, offloaded: bool) -> None:
     work = load_work("m6-t-100b", load_cluster(A100), CONFIG, None, ["global_batch=4096"], False)
@@ -219,6 +239,7 @@ def test_fp32_weights_colder_than_their_states_save_nothing_and_are_told() -> No
     assert told(cold) and not told(warm) and not told(plan("cpu", "true"))
 
 
+@LAW
 @given(
     st.sampled_from(["m6-t-1.4b", "m6-t-100b"]), st.booleans(), st.booleans(), st.sampled_from(["device", "cpu"]),
     st.integers(0, 24),
@@ -242,6 +263,7 @@ def test_a_layer_more_on_the_host_never_takes_more_of_the_device(
     assert sizes == sorted(sizes, reverse=True)
 
 
+@LAW
 @given(st.floats(1, 1e18), st.floats(0.001, 1))
 def test_the_figures_of_any_training_are_json_and_in_proportion(tokens: float, filled: float) -> None:
     work = load_work("m6-1t", load_cluster(H100), CONFIG, tokens, ["global_batch=4096"], False, filled)
