@@ -1,22 +1,27 @@
 """Whether the planner foretells small jobs on this very machine: planned from what `m6 doctor` measured, then run.
 
-python -m benchmarks.plan_here [--data data] [--only NAME …]. A few minutes, on a machine that does nothing else. The
+python -m benchmarks.plan_here [--data data] [--only NAME …] [--fit]. A quarter of an hour, on a machine that does
+nothing else: each job is run just after the machine was measured, since what a machine gives varies. The
 jobs marked "fitted" chose the CPU's constants in `launch/planner/hardware.py`; the others were foretold.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.utilisation import RECIPE, ROOT, WARM_UP
 from launch.planner.cluster import load_cluster
+from launch.planner.hardware import FAMILIES, Family
 from launch.planner.plan import make_plan
 from launch.planner.workload import load_work
 from training.recipe import load_recipe
@@ -88,28 +93,59 @@ def planned(job: Small, cluster: str, filled: float) -> tuple[float, float]:
     return plan.terms["step.seconds"].value, job.ranks * plan.terms["memory.device_bytes"].value + host
 
 
+def fitted(jobs: dict[str, Small], clusters: dict[str, str], was: dict[str, dict[str, float]]) -> Family:
+    """The CPU's constants by which the largest error of the jobs' step times is the least: a search on a grid."""
+
+    def worst(family: Family) -> float:
+        FAMILIES["CPU"] = family
+        told = {name: planned(job, clusters[name], was[name]["filled"])[0] for name, job in jobs.items()}
+        return max(abs(math.log(seconds / was[name]["seconds"])) for name, seconds in told.items())
+
+    own = FAMILIES["CPU"]
+    grid = itertools.product(*([round(low * 1.15**step, 3) for step in range(12)] for low in (0.2, 0.08, 0.05)))
+    tried = (replace(own, matmul=matmul, memory=memory, update=update) for matmul, memory, update in grid)
+    best = min(tried, key=worst)
+    FAMILIES["CPU"] = own
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--only", nargs="*", default=list(JOBS))
     parser.add_argument("--keep", type=Path, help="folder for what was measured; taken from there if it is there")
+    parser.add_argument("--fit", action="store_true", help="print the constants that fit the marked jobs best")
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)
-    print("| job | step, s | planned | off | memory, GB | planned | off |\n|---|---|---|---|---|---|---|")
+    clusters, was = {}, {}
     for name in arguments.only:
-        job = JOBS[name]
-        cluster, kept = folder / f"ranks-{job.ranks}.yaml", folder / f"{name}.json"
-        if not cluster.exists():
-            words = ["doctor", "--write-cluster", str(cluster), "--ranks", str(job.ranks)]
-            subprocess.run([*M6, *words], check=True, stdout=subprocess.DEVNULL)
-        if not kept.exists():
-            kept.write_text(json.dumps(measured(job, arguments.data.absolute())))
-        was = json.loads(kept.read_text())
-        told = planned(job, str(cluster), was["filled"])
-        cells = [f"{was['seconds']:.3f} | {told[0]:.3f} | {told[0] / was['seconds'] - 1:+.0%}"]
-        cells += [f"{was['bytes'] / 1e9:.2f} | {told[1] / 1e9:.2f} | {told[1] / was['bytes'] - 1:+.0%}"]
-        print(f"| {name}{' (fitted)' if job.fitted else ''} | {' | '.join(cells)} |", flush=True)
+        print(name, file=sys.stderr, flush=True)
+        clusters[name] = str(folder / f"{name}.yaml")
+        was[name] = kept(JOBS[name], clusters[name], folder / f"{name}.json", arguments.data.absolute())
+    print(table({name: JOBS[name] for name in arguments.only}, clusters, was))
+    if arguments.fit:
+        print(fitted({name: JOBS[name] for name in arguments.only if JOBS[name].fitted}, clusters, was))
+
+
+def kept(job: Small, cluster: str, result: Path, data: Path) -> dict[str, float]:
+    """What was measured of a job, and the machine just before it, if that is not there already."""
+    if not Path(cluster).exists():
+        words = ["doctor", "--write-cluster", cluster, "--ranks", str(job.ranks)]
+        subprocess.run([*M6, *words], check=True, stdout=subprocess.DEVNULL)
+    if not result.exists():
+        result.write_text(json.dumps(measured(job, data)))
+    return json.loads(result.read_text())
+
+
+def table(jobs: dict[str, Small], clusters: dict[str, str], was: dict[str, dict[str, float]]) -> str:
+    rows = ["| job | step, s | planned | off | memory, GB | planned | off |\n|---|---|---|---|---|---|---|"]
+    for name, job in jobs.items():
+        told, real = planned(job, clusters[name], was[name]["filled"]), was[name]
+        cells = [f"{real['seconds']:.3f} | {told[0]:.3f} | {told[0] / real['seconds'] - 1:+.0%}"]
+        cells += [f"{real['bytes'] / 1e9:.2f} | {told[1] / 1e9:.2f} | {told[1] / real['bytes'] - 1:+.0%}"]
+        rows.append(f"| {name}{' (fitted)' if job.fitted else ''} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ class Hardware:
         return min(self.host_link, self.host_links / self.devices_per_node)
 
     @property
+    def host_share(self) -> float:
+        """What large copies reach of the rates of host links, host memory and disks: all, where those were measured."""
+        return 1.0 if self.is_cpu else HOST_SHARE
+
+    @property
     def family(self) -> Family:
         return family(self.device)
 

@@ -14,6 +14,9 @@ from launch.planner.terms import Term, Terms
 # What a process has on a device beyond its tensors: the driver's context, NCCL's buffers and library workspaces, and a
 # share of what is allocated that is lost between blocks. Fitted to BSA's peak memory and to ZCAP's capacities.
 CONTEXT_BYTES, FRAGMENTED = 2.5e9, 0.05
+# Of a rank without a GPU: the corpus, and what it has mapped of its files after some steps (benchmarks/plan_here.md).
+CORPUS_BYTES = 0.13e9
+CPU_PROCESS_BYTES = 0.45e9  # of a rank without a GPU that has imported all; `m6 doctor` measures it
 HOST_PROCESS_BYTES = 4e9  # of a rank: libraries, page-locked buffers, data. Assumed
 
 
@@ -129,18 +132,40 @@ def expert_layer(job: Job) -> float:
     return job.shape.experts * job.shape.expert / max(job.layout.ep, 1)
 
 
-def add_device(terms: Terms, job: Job, states: Term, context: float = CONTEXT_BYTES) -> Term:
-    """Returns `memory.device_bytes`, of the fullest device. `context`: of a process beside its tensors."""
-    tensors = terms.total("memory.tensors", "B", [states, *add_passes(terms, job)])
+def add_device(terms: Terms, job: Job, states: Term) -> Term:
+    """Returns `memory.device_bytes`, of the fullest device."""
+    parts = [states, *add_passes(terms, job)]
+    return _with_process(terms, parts, CONTEXT_BYTES, "fitted to BSA and ZCAP")
+
+
+def add_cpu_rank(terms: Terms, job: Job, states: Term, process: float) -> Term:
+    """The same of a rank without a GPU. `process`: its bytes before all tensors, as measured.
+
+    It never gives freed memory back, so what is used one after the other is held at once.
+    """
+    parts = [states, *add_passes(terms, job)]
+    parts.append(
+        terms.add("memory.device.waiting", "gradients", "B", "beside activations that are freed by then",
+                  gradients=terms["memory.gradients"])
+    )  # fmt: skip
+    parts.append(
+        terms.add("memory.device.update", "optimizer / 2", "B",
+                  "fp32 gradients in one piece and AdamW's copy of as much, beside 16 bytes of states",
+                  optimizer=terms.get("memory.device.optimizer", 0.0))
+    )  # fmt: skip
+    return _with_process(terms, parts, process + CORPUS_BYTES, "measured, and the corpus")
+
+
+def _with_process(terms: Terms, parts: list[Term], process: float, source: str) -> Term:
+    tensors = terms.total("memory.tensors", "B", parts)
     lost = terms.add(
         "memory.device.fragmentation", "share * tensors", "B", "lost between blocks: fitted to BSA and ZCAP",
         share=FRAGMENTED, tensors=tensors,
     )  # fmt: skip
-    process = terms.add(
-        "memory.device.context", "bytes", "B", "of a process beside its tensors: measured, or fitted to BSA and ZCAP",
-        bytes=context,
-    )  # fmt: skip
-    return terms.total("memory.device_bytes", "B", [tensors, lost, process])
+    context = terms.add(
+        "memory.device.context", "bytes", "B", f"of a process beside its tensors: {source}", bytes=process
+    )
+    return terms.total("memory.device_bytes", "B", [tensors, lost, context])
 
 
 def add_placed(

@@ -5,7 +5,7 @@ Source: [1] ZeRO-Infinity, arXiv 2104.07857, sections 4 and 5.
 
 from __future__ import annotations
 
-from launch.planner.hardware import HOST_SHARE, Hardware
+from launch.planner.hardware import Hardware
 from launch.planner.job import Job, Layout
 from launch.planner.terms import Term, Terms
 
@@ -18,19 +18,20 @@ def add_host_traffic(terms: Terms, job: Job, machine: Hardware) -> Term:
         "step.host_weights", "micro_batches * 2 * weight * offloaded * parameters / (link * share)", "s",
         "[1] section 4: a device's share of the weights, forward and backward", micro_batches=layout.micro_batches,
         weight=layout.weight_bytes, offloaded=1 - layout.parameters.device, parameters=local,
-        link=machine.busy_host_link, share=HOST_SHARE,
+        link=machine.busy_host_link,
+        share=machine.host_share,
     )  # fmt: skip
     disk = terms.add(
         "step.disk_weights", "micro_batches * 2 * weight * on_disk * parameters / (read * share)", "s",
         "[1] section 4: a node's share, forward and backward", micro_batches=layout.micro_batches,
         weight=layout.weight_bytes, on_disk=layout.parameters.nvme,
-        parameters=states_here(layout, shape.total, machine), read=machine.disk_read, share=HOST_SHARE,
+        parameters=states_here(layout, shape.total, machine), read=machine.disk_read, share=machine.host_share,
     )  # fmt: skip
     activations = terms.add(
         "step.host_activations", "micro_batches * 2 * size * offloaded * tokens * hidden * layers / (link * share)",
         "s", "[1] section 5: each layer's input, there and back", micro_batches=layout.micro_batches,
         size=layout.weight_bytes, offloaded=1 - layout.activations.device, tokens=job.micro_tokens,
-        hidden=shape.hidden, layers=shape.layers, link=machine.busy_host_link, share=HOST_SHARE,
+        hidden=shape.hidden, layers=shape.layers, link=machine.busy_host_link, share=machine.host_share,
     )  # fmt: skip
     return terms.total("step.host_traffic", "s", [weights, disk, activations])
 
@@ -55,14 +56,15 @@ def add_optimizer(terms: Terms, job: Job, machine: Hardware) -> Term:
     copies = terms.add(
         "step.host_updates", "offloaded * (gradient + weight) * parameters / (link * share)", "s",
         "gradients down, new weights up", offloaded=1 - layout.optimizer.device, gradient=layout.gradient_bytes,
-        weight=layout.weight_bytes, parameters=total / layout.devices, link=machine.busy_host_link, share=HOST_SHARE,
+        weight=layout.weight_bytes, parameters=total / layout.devices, link=machine.busy_host_link,
+        share=machine.host_share,
     )  # fmt: skip
     disk = terms.add(
         "step.disk_states",
         "on_disk * parameters * ((state + gradient) / (read * share) + (state + gradient) / (write * share))", "s",
         "masters, moments and gradient sums are written and read", on_disk=layout.optimizer.nvme, parameters=here,
         state=layout.state_bytes, gradient=layout.gradient_bytes, read=machine.disk_read, write=machine.disk_write,
-        share=HOST_SHARE,
+        share=machine.host_share,
     )  # fmt: skip
     return terms.total("step.optimizer", "s", [near, host, copies, disk])
 

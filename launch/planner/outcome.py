@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.planner.cluster import Cluster
-from launch.planner.hardware import HOST_SHARE, MULTIPLYING, WAITING, Hardware
+from launch.planner.hardware import MULTIPLYING, WAITING, Hardware
 from launch.planner.job import Shares
 from launch.planner.terms import Term, Terms
 
@@ -76,7 +76,7 @@ def add_checkpoint(
     terms.add(
         "checkpoint.save_seconds", "bytes / nodes / (disk * share)", "s",
         "each node writes its share to its own disks, in the background", bytes=size, nodes=machine.nodes,
-        disk=machine.disk_write, share=HOST_SHARE,
+        disk=machine.disk_write, share=machine.host_share,
     )  # fmt: skip
     stall = terms.add(
         "checkpoint.stall_seconds",
@@ -84,7 +84,7 @@ def add_checkpoint(
         "training stops while states are copied: over the links, from memory to memory, or read",
         bytes=size, nodes=machine.nodes, on_device=states.device, each=machine.devices_per_node,
         link=machine.busy_host_link, in_memory=states.cpu, memory=machine.host_bandwidth, on_disk=states.nvme,
-        read=machine.disk_read, share=HOST_SHARE,
+        read=machine.disk_read, share=machine.host_share,
     )  # fmt: skip
     # A save that takes longer than the steps between saves delays the next one.
     between = terms.add(

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from launch.planner.memory import CONTEXT_BYTES, HOST_PROCESS_BYTES, add_device, add_placed
+from launch.planner.memory import CPU_PROCESS_BYTES, HOST_PROCESS_BYTES, add_cpu_rank, add_device, add_placed
 from launch.planner.outcome import CHECKPOINT_BYTES, add_checkpoint, add_outcome
 from launch.planner.step import add_step
 from launch.planner.terms import Terms
@@ -69,7 +69,10 @@ def _planned(work: Work) -> Plan:
     saved = CHECKPOINT_BYTES * counts.total / machine.devices
     process = 0 if machine.is_cpu else HOST_PROCESS_BYTES
     states = add_placed(terms, placed, machine.devices_per_node, min(work.recipe.save_buffer, saved), process)
-    add_device(terms, job, states, machine.process_bytes or CONTEXT_BYTES)
+    if machine.is_cpu:
+        add_cpu_rank(terms, job, states, machine.process_bytes or CPU_PROCESS_BYTES)
+    else:
+        add_device(terms, job, states)
     add_step(terms, work.usual, machine)
     terms.add(
         "flops_utilization", "flops / (seconds * devices * peak)", "share of peak", flops=terms["flops.model"],

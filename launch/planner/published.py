@@ -107,7 +107,7 @@ def shape(row: Row) -> Shape:
     layers, hidden, ffn, seq = (number(row, name) for name in ("layers", "hidden", "ffn", "seq"))
     if not (layers and hidden and ffn and seq):
         raise Inexpressible(f"of its shape, {_missing(row, ('layers', 'hidden', 'ffn', 'seq'))} is not stated")
-    if number(row, "experts") and (lacking := _missing(row, ("top_k", "params_total", "params_active"))):
+    if number(row, "experts") and (lacking := _missing(row, ("top_k", "params_total"))):
         raise Inexpressible(f"of its experts, {lacking} is not stated")
     total, active = number(row, "params_total") or 0.0, number(row, "params_active") or 0.0
     experts, rows = number(row, "experts") or 0.0, number(row, "top_k") or 0.0
@@ -126,7 +126,7 @@ def shape(row: Row) -> Shape:
     moe_layers = layers // (number(row, "moe_every") or 1)
     matrices = min((2, 3), key=lambda n: abs(moe_layers * experts * n * hidden * ffn - total))  # gated have three
     expert = matrices * hidden * ffn
-    common = (active - 2 * embedding - moe_layers * rows * expert) / layers
+    common = (active - 2 * embedding - moe_layers * rows * expert) / layers if active else 4 * hidden**2
     if common <= 0:
         raise Inexpressible("the active parameters are fewer than those of the experts used")
     all_experts = total - 2 * embedding - layers * common  # the stated total also tells of layers without experts

@@ -148,7 +148,6 @@ def test_units_are_converted(rows: list[dict[str, str]], name: str, unit: str, f
         ("MLM20-A1", {"global_batch_tokens": ""}, "the batch of a step is not stated"),
         ("BSA-1t", {"global_batch_tokens": "0"}, "the batch of a step is not stated"),
         ("DSMOE-1", {"top_k": ""}, "of its experts, top_k is not stated"),
-        ("BR-1", {"params_active": ""}, "of its experts, params_active is not stated"),
         ("MCH100-1", {"precision": "fp32"}, "precision=fp32: no rate was fitted"),
         ("MCH100-1", {"precision": "tf32"}, "precision=tf32: no rate was fitted"),
         ("BSA-1t", {"dp": "8"}, "tp x pp x dp is 768, of 384 devices"),
