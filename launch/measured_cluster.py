@@ -46,7 +46,10 @@ def write_cluster(place: Place, target: Path) -> None:
 
 
 def described(machine: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """The cluster file of a measured machine: a rank is a device, whose memory is a share of the host's."""
+    """The cluster file of a measured machine: a rank is a device, whose memory is a share of the host's.
+
+    Its rate is that of one thread: most of what a step reads and writes besides products is too small for more.
+    """
     watts = WATTS_OF_A_CORE * machine["cores"] / ranks
     exchange = machine["all_to_all"] or machine["memory_rate"]
     return {
@@ -56,7 +59,7 @@ def described(machine: Mapping[str, Any], ranks: int) -> dict[str, Any]:
             "kind": "cpu",
             "name": f"CPU, {machine['cores'] / ranks:g} cores a rank",
             "memory_bytes": float(machine["memory_bytes"] // ranks),
-            "memory_bytes_per_second": machine["memory_rate"],
+            "memory_bytes_per_second": machine["thread_rate"],
             "peak_flops": machine["matmul_flops"],
             "process_bytes": machine["process_bytes"],
         },

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from launch.measure import all_to_all_rate, copy_rate, disk_rates, link_rate, partner
+from launch.measure import all_to_all_rate, copy_rate, disk_rates, link_rate, partner, threads
 from training import loop  # noqa: F401  (all that a training process imports)
 from training.machine import memory_bytes, multiplies_bf16, usable_cores
 from training.peak import matmul_flops
@@ -51,6 +51,7 @@ class Facts:
     disk_read: float
     process_bytes: int  # of a rank that has imported all that training needs, and holds nothing yet
     memory_rate: float  # of a rank's device, all ranks at once
+    thread_rate: float  # likewise with one thread of a CPU rank
     matmul_flops: dict[str, float]  # likewise, by precision
     clock: float = 0.0  # seconds ahead of the middle one
     links: dict[int, float] | None = None
@@ -67,13 +68,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **named, **nccl, "code": code.hexdigest()[:8]}
 
 
-def facts(folder: Path, process: int, memory_rate: float, flops: dict[str, float]) -> Facts:
+def facts(folder: Path, process: int, memory_rate: float, thread_rate: float, flops: dict[str, float]) -> Facts:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     written, read = disk_rates(folder)
     return Facts(
         versions(), usable_cores(), [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         memory_bytes(), None if locked == resource.RLIM_INFINITY else locked, shutil.disk_usage("/dev/shm").free,
-        shutil.disk_usage(folder).free, written, read, process, memory_rate, flops,
+        shutil.disk_usage(folder).free, written, read, process, memory_rate, thread_rate, flops,
     )  # fmt: skip
 
 
@@ -122,8 +123,11 @@ def main() -> None:
     process = psutil.Process().memory_info().rss
     rate = copy_rate(device)
     dist.barrier()
+    with threads(1):
+        thread_rate = copy_rate(device)
+    dist.barrier()
     flops = {name: matmul_flops(device, kind) for name, kind in PRECISIONS.items() if _multiplies(kind, device)}
-    found = asdict(facts(arguments.folder, process, rate, flops)) if first else None
+    found = asdict(facts(arguments.folder, process, rate, thread_rate, flops)) if first else None
     dist.barrier()
     if found:  # what is between machines, among one rank of each
         found["links"] = links(device, ranks, group)

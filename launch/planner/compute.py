@@ -67,10 +67,10 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
         share=machine.family.memory,
     )  # fmt: skip
     weights = terms.add(
-        "step.weights", "(size * reads + 2 * gradient) * parameters / (bandwidth * share)", "s a micro-batch",
+        "step.weights", "(size * reads + 2 * gradient) * parameters / rate", "s a micro-batch",
         "weights are read in each pass, sums of gradients read and written", size=layout.weight_bytes,
         reads=3 if layout.recompute == "full" else 2, gradient=layout.gradient_bytes, parameters=computed_here(job),
-        bandwidth=machine.device_bandwidth, share=machine.family.memory,
+        rate=machine.stream_rate,
     )  # fmt: skip
     experts = terms.add(
         "step.dispatch",

@@ -26,7 +26,7 @@ class Family:
 
     matmul: of the matrix units' peak, in large products; memory: of the device memory's bandwidth, over all that is
     read and written besides; network: of the links between nodes, in collectives; update: of host memory's bandwidth,
-    in the optimizer's step.
+    in the optimizer's step, and on a CPU by all that goes through whole weights.
     """
 
     matmul: float
@@ -51,7 +51,7 @@ FAMILIES = {
     "H100": Family(0.53, 0.37, 0.55, "MCH100, MXTRL, Q235-1, BR-1, TT-2t, MLP-1"),
     "B200": Family(0.55, 0.22, 0.40, "BR-2, BR-3"),
     # Of rates that were measured, not of a data sheet. Between machines nothing was fitted.
-    "CPU": Family(0.40, 0.20, OTHER_NETWORK, "benchmarks/plan_here.md", 0.12),
+    "CPU": Family(0.70, 0.106, OTHER_NETWORK, "benchmarks/plan_here.md", 0.153),
 }
 OTHER_FAMILY = Family(0.6, 0.6, OTHER_NETWORK, "")  # about the middle of the fitted ones
 
@@ -97,6 +97,13 @@ class Hardware:
     def busy_host_link(self) -> float:
         """A device's rate to the host while its neighbours copy too."""
         return min(self.host_link, self.host_links / self.devices_per_node)
+
+    @property
+    def stream_rate(self) -> float:
+        """Bytes a second of weights and states, in large pieces; a CPU rank goes through them with all its threads."""
+        if self.is_cpu:
+            return self.family.update * self.host_bandwidth / self.devices_per_node
+        return self.family.memory * self.device_bandwidth
 
     @property
     def host_share(self) -> float:

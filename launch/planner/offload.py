@@ -41,10 +41,10 @@ def add_optimizer(terms: Terms, job: Job, machine: Hardware) -> Term:
     layout, total = job.layout, job.shape.total
     shards = layout.devices if layout.zero else layout.tp * layout.pp * max(layout.ep, 1)
     near = terms.add(
-        "step.device_adam", "on_device * (2 * state + gradient + weight) * parameters / (bandwidth * share)", "s",
+        "step.device_adam", "on_device * (2 * state + gradient + weight) * parameters / rate", "s",
         "states are read and written, gradients read, weights written", on_device=layout.optimizer.device,
         state=layout.state_bytes, gradient=layout.gradient_bytes, weight=layout.weight_bytes, parameters=total / shards,
-        bandwidth=machine.device_bandwidth, share=machine.family.update if machine.is_cpu else machine.family.memory,
+        rate=machine.stream_rate,
     )  # fmt: skip
     here = states_here(layout, total, machine)
     host = terms.add(

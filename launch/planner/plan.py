@@ -17,7 +17,7 @@ from training.placement import TIERS
 # How far an estimate may be off: over the largest errors of `m6 plan --validate` by kind of job (docs/planner.md), and
 # of machines without GPUs those of benchmarks/plan_here.md.
 TIME, TIME_OF_EXPERTS, TIME_OF_OFFLOAD, MEMORY, POWER = 0.25, 0.30, 0.30, 0.10, 0.10
-TIME_OF_CPU, TIME_OF_CPU_DISKS, MEMORY_OF_CPU = 0.30, 0.60, 0.35
+TIME_OF_CPU, MEMORY_OF_CPU = 0.30, 0.20
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Plan:
     def _band_of_time(self) -> float:
         layout, shape = self.work.job.layout, self.work.job.shape
         if self.work.cluster.hardware.is_cpu:
-            return TIME_OF_CPU_DISKS if layout.optimizer.nvme or layout.parameters.nvme else TIME_OF_CPU
+            return TIME_OF_CPU
         offload = layout.optimizer.device < 1 or layout.parameters.device < 1
         return max(TIME, TIME_OF_OFFLOAD if offload else 0, TIME_OF_EXPERTS if shape.experts else 0)
 

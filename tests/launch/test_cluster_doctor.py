@@ -26,6 +26,7 @@ def cluster(count: int = 4) -> dict[str, dict[str, Any]]:
             "versions": {"python": "3.12.1", "torch": "2.11.0", "code": "abc"}, "cores": 96,
             "devices": ["H100"] * 8, "memory_bytes": 2_000_000_000_000, "lockable_bytes": None,
             "shared_bytes": 10**11, "disk_bytes": 10**13, "disk_write": 2e10, "disk_read": 4e10, "memory_rate": 2.6e12,
+            "thread_rate": 2.6e12,
             "products": 7e14, "clock": 0.002 * number, "link": 4e10, "all_to_all": 3e10,
         }
         for number in range(count)

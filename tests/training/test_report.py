@@ -9,8 +9,9 @@ import pytest
 from tests.training.fake_run import TASKS, make_load, make_recipe, make_record, make_run, make_samples
 from training.charts import MAX_CELLS, MAX_POINTS, bins, compact, thinned, three_digits, ticks, unbroken
 from training.errors import UserError
-from training.records import Sample, read_lines
-from training.report import Quarter, layer_load, planned_steps, quarters, write_report
+from training.records import Sample, read_lines, write_json
+from training.report import Quarter, layer_load, planned_steps, quarters, reach, write_report
+from training.run import PLAN
 from training.tracking import DROPPED, Tracker
 
 HOSTILE = '</pre><script>alert("1")</script><img src=https://example.org/x.png onerror=alert(2)>{{ 7*7 }}'
@@ -130,6 +131,37 @@ def test_energy_and_time_are_summed_over_all_steps(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path)).text
     assert "1 min 00 s" in text  # 30 steps of 2 s
     assert "0.2 kWh" in text and "9.5 J a token, modelled" in text  # 30 steps of 24 kJ
+
+
+def test_what_a_loss_took_is_told_where_it_was_first_reached() -> None:
+    steps = [
+        {"step": 10 * n, "tokens": 500 * n, "loss": 6.0 - n / 2, "step_seconds": 2.0, "energy/joules": 30.0 * n}
+        | {"energy/source": "measured (rapl)"}
+        for n in range(1, 9)
+    ]
+    steps[4]["loss"] = None  # not finite
+    reached = reach(steps, 4.5)
+    assert reached is not None
+    assert reached._asdict() == {
+        "step": 30, "tokens": 1500, "seconds": 60.0, "joules": 90.0, "source": "measured (rapl)"
+    }  # fmt: skip
+    assert reach(steps, 1.0) is None
+    unknown = {"energy/joules": None, "energy/source": "unavailable"}
+    assert reach([steps[0] | unknown], 6.0)[3:] == (None, "unavailable")
+
+
+def test_the_plan_stands_beside_what_came_and_events_are_marked(tmp_path: Path) -> None:
+    with Tracker(tmp_path, make_recipe(steps=30), {}) as tracker:
+        for step in range(1, 31):
+            tracker.step(make_record(step) | {"energy/joules": 500.0 * step})
+        tracker.event(20, "skipped step", "for a reason")
+        tracker.event(30, "saved", "checkpoints/step-30")
+    write_json(tmp_path / PLAN, {"stages": [{"watts": 9.0, "metrics": {"step_seconds": {"value": 1.3}}}]})
+    page = Page(write_report(tmp_path))
+    html = (tmp_path / "report" / "index.html").read_text()
+    assert "planned" in page.text and html.count('class="line planned"') == 1
+    assert html.count('class="mark trouble"') == 1 and html.count('class="mark"') == 1
+    assert "step 20: skipped step" in page.text and "loss over kWh" in page.text
 
 
 def test_quarters_compare_the_runs_ends() -> None:
