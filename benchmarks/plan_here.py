@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for what was measured; taken from there if it is there")
     parser.add_argument("--fit", action="store_true", help="print the constants that fit the marked jobs best")
     arguments = parser.parse_args()
+    if arguments.fit and not any(JOBS[name].fitted for name in arguments.only):
+        parser.error("--fit: none of these jobs is marked")
     folder = arguments.keep or Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)
     clusters, was = {}, {}

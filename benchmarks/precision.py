@@ -54,7 +54,9 @@ def trained(arguments: argparse.Namespace, settings: tuple[str, ...]) -> list[di
         program = [sys.executable, "-P", "-c", "from launch.cli import main; main()", "train"]
         options = ["--recipe", str(RECIPE), "--name", "run", "--ranks", str(arguments.ranks)]
         options += ["--data", str(arguments.data.resolve())]
-        options += ["--cluster", arguments.cluster] if arguments.cluster else []
+        if arguments.cluster:
+            file = Path(arguments.cluster)
+            options += ["--cluster", str(file.resolve()) if file.is_file() else arguments.cluster]
         words = [f"steps={arguments.steps}", *QUIET, *settings, *arguments.overrides]
         subprocess.run([*program, *options, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         return read_lines(Path(folder, "runs", "run", "metrics.jsonl"))
@@ -68,17 +70,26 @@ def report(runs: dict[str, list[list[dict[str, Any]]]]) -> str:
     rows.append("|---|---|---|---|---|---|")
     for name, rounds in runs.items():
         ratio = statistics.median(own / other for own, other in zip(seconds[name], first, strict=True))
-        steps = [line for lines in rounds for line in lines if "loss" in line]
-        joules = [line["energy/joules_per_token"] for line in steps if line["energy/joules_per_token"] is not None]
-        each = f"{statistics.median(joules):.4g}" if joules else "–"
+        joules = [joules_per_token(lines) for lines in rounds]
+        each = f"{statistics.median(known):.4g}" if (known := [value for value in joules if value is not None]) else "–"
         loss = statistics.median(validation_loss(lines) for lines in rounds)
-        cells = [name, f"{statistics.median(seconds[name]):.3f}", f"{ratio:.2f}", each, steps[-1]["energy/source"]]
+        source = [line for line in rounds[-1] if "loss" in line][-1]["energy/source"]
+        cells = [name, f"{statistics.median(seconds[name]):.3f}", f"{ratio:.2f}", each, source]
         rows.append(f"| {' | '.join(cells)} | {loss:.4f} |")
     return "\n".join(rows)
 
 
 def step_seconds(lines: list[dict[str, Any]]) -> float:
     return statistics.median(line["step_seconds"] for line in lines if "loss" in line and line["step"] > WARM_UP)
+
+
+def joules_per_token(lines: list[dict[str, Any]]) -> float | None:
+    """Of the steps after the first ones; None where it is not known."""
+    steps = [line for line in lines if "loss" in line and line["step"] >= WARM_UP]
+    first, last = steps[0], steps[-1]
+    if first["energy/joules"] is None or last["energy/joules"] is None:
+        return None
+    return (last["energy/joules"] - first["energy/joules"]) / (last["tokens"] - first["tokens"])
 
 
 def validation_loss(lines: list[dict[str, Any]]) -> float:

@@ -11,7 +11,7 @@ from launch.planner.plan import Plan, make_plan
 from launch.planner.workload import resolved
 from training.errors import UserError
 from training.recipe import Recipe
-from training.records import write_json
+from training.records import read_json, write_json
 from training.run import PLAN
 
 ROWS = 256  # by which it is judged how full rows are
@@ -22,42 +22,43 @@ def write_plan(folder: Path, recipe: Recipe, cluster: str, world: int) -> None:
     stages = [recipe, *([recipe.delinked()] if recipe.delink.wanted else [])]
     figures = [foretold(stage, cluster, world) for stage in stages]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / PLAN, {"cluster": cluster, "stages": figures})
+    write_json(folder / PLAN, {"cluster": cluster, "world": world, "stages": figures})
+
+
+def planned_world(folder: Path) -> int | None:
+    """For how many ranks a run was planned."""
+    return read_json(folder / PLAN, {}).get("world")
 
 
 def foretold(recipe: Recipe, cluster: str, world: int) -> dict[str, Any]:
-    """Watts of all nodes, and estimates by the keys of metrics.jsonl. Raises UserError."""
+    """Watts of all nodes, as a run counts them, and estimates by the keys of metrics.jsonl. Raises UserError."""
     on = load_cluster(cluster)
     if on.devices != world:
         raise UserError(f"--cluster {cluster}: has {on.devices} devices, and this run {world} ranks; plan for as many")
     filled = filled_share(recipe)
     made = make_plan(replace(resolved(recipe, on, tokens=1.0), filled=filled))
-    return {"watts": made.terms["power.node"].value * on.hardware.nodes, "filled": filled, "metrics": metrics(made)}
+    watts = watts_counted(made)
+    return {"watts": watts, "filled": filled, "metrics": metrics(made, watts)}
 
 
-def metrics(made: Plan) -> dict[str, dict[str, float]]:
+def watts_counted(made: Plan) -> float:
+    """Of all nodes: of GPUs alone where there are any, whose counters do not see their hosts."""
+    machine = made.work.cluster.hardware
+    return machine.nodes * made.terms["power.node" if machine.is_cpu else "power.devices"].value
+
+
+def metrics(made: Plan, watts: float) -> dict[str, dict[str, float]]:
     """Estimates by the keys that a run's own figures have."""
-    terms, machine = made.terms, made.work.cluster.hardware
-    found = {key: made.estimate(name) for key, name in MEASURED.items()}
+    machine = made.work.cluster.hardware
+    seconds, speed = made.estimate("step.seconds"), made.estimate("tokens_per_second")
     device, host = (made.estimate(f"memory.{name}") for name in ("tensors", "host_bytes_per_node"))
+    joules = {"value": watts / speed["value"], "low": watts / speed["high"], "high": watts / speed["low"]}
+    found = {"step_seconds": seconds, "tokens_per_second": speed, "energy/joules_per_token": joules}
     if machine.is_cpu:  # one memory
-        device = made.estimate("memory.device_bytes")
-        found["memory/host_bytes"] = {n: machine.devices * device[n] + machine.nodes * host[n] for n in host}
-    else:
-        found["memory/device_bytes"] = device
-        found["memory/host_bytes"] = {name: machine.nodes * value for name, value in host.items()}
-    if not machine.is_cpu:  # a GPU's counter does not see its host
-        share = terms["energy.compute"].value / terms["energy.kwh"].value
-        found["energy/joules_per_token"] = {n: share * v for n, v in found["energy/joules_per_token"].items()}
-    return found
-
-
-MEASURED = {
-    "step_seconds": "step.seconds",
-    "tokens_per_second": "tokens_per_second",
-    "flops_utilization": "flops_utilization",
-    "energy/joules_per_token": "energy.joules_per_token",
-}
+        ranks = made.estimate("memory.device_bytes")
+        return found | {"memory/host_bytes": {n: machine.devices * ranks[n] + machine.nodes * host[n] for n in host}}
+    found["memory/device_bytes"] = device
+    return found | {"memory/host_bytes": {name: machine.nodes * value for name, value in host.items()}}
 
 
 def filled_share(recipe: Recipe) -> float:

@@ -10,7 +10,7 @@ from rich.table import Table
 from training.charts import nats
 from training.errors import UserError
 from training.records import Record, read_lines
-from training.report import planned_steps, quarters, reach, write_report
+from training.report import is_delinked, planned_steps, quarters, reach, write_report
 from training.run import FOLDER
 from training.screen import duration
 
@@ -29,7 +29,7 @@ def report_on(run: str, to_loss: float | None = None) -> None:
     for heading in ("task", "first quarter", "last quarter", "change"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     lines = read_lines(folder / "metrics.jsonl")
-    found = quarters(lines, planned_steps(folder))
+    found = quarters(lines, planned_steps(folder, is_delinked(lines)))
     for row in found.rows:
         change = "–" if row.change is None else f"{row.change:+.1%}"
         table.add_row(row.task, nats(row.first), found.late(row), change)

@@ -19,7 +19,7 @@ from launch import operators
 from launch.environment import environment_files, passed_on
 from launch.everywhere import OnAll
 from launch.nodes import Nodes, Place
-from launch.planned import write_plan
+from launch.planned import foretold, planned_world, write_plan
 from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
 from launch.supervisor import Supervision, Supervisor
 from training import checkpoint_files
@@ -28,7 +28,7 @@ from training.errors import LEFT, MISTAKE, RESTARTABLE, UserError
 from training.heartbeat import read_beat
 from training.machine import usable_cores
 from training.recipe import Recipe, load_recipe
-from training.run import CHECKPOINTS, RANKS, SWAP, lock_run, open_run
+from training.run import CHECKPOINTS, PLAN, RANKS, SWAP, lock_run, open_run
 
 # On several machines one may be taken for another's that was lost; its lock outlives it for a while.
 LOCK_SECONDS = 120.0
@@ -110,8 +110,8 @@ def launch_node(run: TrainingRun, nodes: Nodes, gpus: int, supervision: Supervis
     plan = check(run, nodes, gpus)
     if plan.folder.exists() and not nodes.here:
         lock_run(plan.folder, LOCK_SECONDS if len(nodes.slots) > 1 else 0.0).close()  # told here, not by a rank, late
-    if run.cluster:
-        write_plan(plan.folder, plan.recipe, run.cluster, nodes.world)
+    if not nodes.here:
+        keep_plan(plan, run, nodes.world)
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, len(nodes.ranks), on_gpu=gpus > 0)
     start = partial(start_ranks, run, nodes, gpu_numbers(gpus), environment)
@@ -135,6 +135,14 @@ def launch_everywhere(run: TrainingRun, hostfile: Path, nodes: Nodes, supervisio
     return started.run(passed_on(os.environ), marked=True)
 
 
+def keep_plan(plan: Plan, run: TrainingRun, world: int) -> None:
+    """Write what is foretold, if it is asked; what was foretold of another run, or on other ranks, goes."""
+    if run.cluster:
+        write_plan(plan.folder, plan.recipe, run.cluster, world)
+    elif not run.resume or planned_world(plan.folder) != world:
+        (plan.folder / PLAN).unlink(missing_ok=True)
+
+
 def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
     recipe = load_recipe(run.recipe, list(run.overrides))
@@ -153,6 +161,8 @@ def show(run: TrainingRun, nodes: Nodes, gpus: int, chosen: Sequence[str]) -> in
     """Print what would run, and the command that starts it with the options `chosen`; the exit code to end with."""
     plan = check(run, nodes, gpus)
     facts = recipe_facts(plan) | (resume_facts(plan) if run.resume else {}) | layout_facts(plan.config, nodes.world)
+    if run.cluster:
+        facts["plan"] = plan_fact(foretold(plan.recipe, run.cluster, nodes.world)["metrics"])
     for name, value in facts.items():
         print(f"{name:14} {value}")
     print(f"nothing was started; to start it: {shlex.join(['m6', 'train', *chosen, *run.words()])}")
@@ -205,6 +215,15 @@ def layout_facts(config: DSConfig, ranks: int) -> dict[str, str]:
         "optimizer on": str(config.placement.optimizer),
         "resident": resident(config),
     }
+
+
+def plan_fact(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """What is foretold of a step."""
+    step, speed, memory = (metrics[key] for key in ("step_seconds", "tokens_per_second", "memory/host_bytes"))
+    return (
+        f"{step['value']:.3g} s a step ({step['low']:.3g} to {step['high']:.3g}), {speed['value']:,.0f} tokens/s, "
+        f"{memory['value'] / 1e9:,.3g} GB of host memory"
+    )
 
 
 def resident(config: DSConfig) -> str:

@@ -33,6 +33,17 @@ PAUSED_SECONDS = 10.0  # between two looks: not the ranks were asleep, or not th
 LONGEST_DELAY = 60.0  # seconds before a restart
 
 
+def patience(beat: Beat | None) -> float:
+    """Seconds that a rank may be silent after a beat."""
+    if beat is None or beat.phase not in ("training", "evaluating", "ended"):
+        return LONG_WAIT_SECONDS
+    if beat.phase == "ended":
+        return SILENT_SECONDS
+    if beat.usual_seconds is None:
+        return FIRST_STEPS_SECONDS
+    return max(SILENT_SECONDS, SILENT_TIMES * beat.usual_seconds)
+
+
 @dataclass(frozen=True)
 class Supervision:
     restarts: int = 10  # one after the other without a step more than before, then it is given up
@@ -180,16 +191,7 @@ class Attempt:
 
     def _limit(self, rank: int) -> float:
         """Seconds that the rank may be silent."""
-        if self._is_stopped(rank):
-            return SILENT_SECONDS
-        beat = self.beats.get(rank)
-        if beat is None or beat.phase not in ("training", "evaluating", "ended"):
-            return LONG_WAIT_SECONDS
-        if beat.phase == "ended":
-            return SILENT_SECONDS
-        if beat.usual_seconds is None:
-            return FIRST_STEPS_SECONDS
-        return max(SILENT_SECONDS, SILENT_TIMES * beat.usual_seconds)
+        return SILENT_SECONDS if self._is_stopped(rank) else patience(self.beats.get(rank))
 
     def _is_stopped(self, rank: int) -> bool:
         return rank in self.ranks.pids and is_stopped(self.ranks.pids[rank])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -18,22 +19,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from launch.supervisor import patience
 from training.charts import Point, thinned
 from training.errors import LEFT, UserError
 from training.heartbeat import Beat, read_beat
 from training.heat import colour, relative_load
-from training.records import MODALITIES, Record, read_json, read_lines
-from training.report import VALIDATION, planned_steps
+from training.records import MODALITIES, Record, parse_lines, read_json, read_lines
+from training.report import VALIDATION, is_delinked, planned_steps
 from training.run import FOLDER, INCIDENTS, RANKS, read_plan
 from training.screen import duration, scaled
 
 LOOK_SECONDS = 2.0
-SILENT_SECONDS, SILENT_TIMES = 60.0, 3.0  # without a heartbeat, or so many times what is usual, all may be lost
 RECENT = 20  # logged lines that stand for now
 ROWS, EVENTS = 6, 6  # of experts and of events
-HEADING_ROWS, CHART_ROWS = 4, 14
-DELINKED = "delinked"  # the event
-LEFT_COLUMN = 46  # characters
+HEADING_ROWS, CHART_ROWS, LEAST_BELOW = 4, 14, 4
+LEFT_COLUMN, BESIDE_BARS = 46, 32  # characters
 FIGURES = {  # what is shown beside its plan: title, unit, and by how much it is divided
     "step_seconds": ("step", "s", 1.0),
     "tokens_per_second": ("tokens a second", "", 1.0),
@@ -60,7 +60,7 @@ class Seen:
     routing: Record
     incidents: list[Record]
 
-    @property
+    @functools.cached_property
     def steps(self) -> list[Record]:
         return [line for line in self.lines if "loss" in line]
 
@@ -74,62 +74,98 @@ def watch(run: str, once: bool) -> None:
     folder = FOLDER / run if (FOLDER / run).is_dir() else Path(run)
     if not folder.is_dir():
         raise UserError(f"{run}: no such run; see the folders under {FOLDER}/")
-    if not any((folder / name).exists() for name in ("metrics.jsonl", RANKS)):
-        raise UserError(f"{folder}: nothing has trained there yet")
-    console = Console()
+    if not any((folder / name).exists() for name in ("run.json", RANKS)):
+        raise UserError(f"{folder}: m6 train has not trained there yet")
+    console, watcher = Console(), Watcher(folder)
     if once or not console.is_terminal:
-        console.print(view(look(folder), console.width, 0))
+        console.print(view(watcher.look(), console.width, 0))
         return
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(view(look(folder), console.width, console.height), refresh=True)
+            live.update(view(watcher.look(), console.width, console.height), refresh=True)
             time.sleep(LOOK_SECONDS)
 
 
-def look(folder: Path) -> Seen:
-    lines = read_lines(folder / "metrics.jsonl")
-    delinked = any(line.get("event") == DELINKED for line in lines)
-    return Seen(
-        folder, lines, dict(_beats(folder / RANKS)), planned_steps(folder), read_plan(folder, delinked),
-        read_json(folder / "routing.json", {}), list(_json_lines(folder / f"{INCIDENTS}.jsonl")),
-    )  # fmt: skip
+class Watcher:
+    """Looks at a run's folder again and again."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._metrics = Growing(folder / "metrics.jsonl")
+        self._beats: dict[int, tuple[int, float]] = {}  # when each was written, and first seen, by our own clock
+
+    def look(self) -> Seen:
+        folder, lines = self.folder, self._metrics.lines()
+        delinked = is_delinked(lines)
+        return Seen(
+            folder, lines, dict(self._listen()), planned_steps(folder, delinked), read_plan(folder, delinked),
+            read_json(folder / "routing.json", {}), read_lines(folder / f"{INCIDENTS}.jsonl"),
+        )  # fmt: skip
+
+    def _listen(self) -> Iterator[tuple[int, tuple[Beat, float]]]:
+        """The ranks that there are: files of more are an earlier start's."""
+        ranks = read_json(self.folder / "run.json", {}).get("facts", {}).get("ranks", math.inf)
+        for path in (self.folder / RANKS).glob("*.json"):
+            rank = int(path.stem) if path.stem.isdigit() else math.inf
+            if rank < ranks and (found := read_beat(self.folder / RANKS, int(rank))):
+                yield int(rank), (found[0], self._age(int(rank), found[1]))
+
+    def _age(self, rank: int, written: int) -> float:
+        """Seconds since a beat was heard. Other machines' clocks may differ: after the first look changes count."""
+        now, known = time.monotonic(), self._beats.get(rank)
+        if known is None:
+            self._beats[rank] = written, now - max(0.0, time.time() - written / 1e9)
+        elif known[0] != written:
+            self._beats[rank] = written, now
+        return now - self._beats[rank][1]
 
 
-def _beats(folder: Path) -> Iterator[tuple[int, tuple[Beat, float]]]:
-    for path in folder.glob("*.json"):
-        if path.stem.isdigit() and (found := read_beat(folder, int(path.stem))):
-            yield int(path.stem), (found[0], max(0.0, time.time() - found[1] / 1e9))
+class Growing:
+    """A metrics file, of which only what is new is read; a run that goes back writes another in its place."""
 
+    def __init__(self, path: Path):
+        self._path, self._file, self._read = path, -1, 0
+        self._lines: list[Record] = []
 
-def _json_lines(path: Path) -> Iterator[Record]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            incident = json.loads(line)
-            if isinstance(incident, dict) and "event" in incident:
-                yield incident
+    def lines(self) -> list[Record]:
+        """Those that are whole."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            number = os.fstat(file.fileno()).st_ino
+            if number != self._file or os.fstat(file.fileno()).st_size < self._read:
+                self._file, self._read, self._lines = number, 0, []
+            file.seek(self._read)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        self._lines += parse_lines(whole.decode("utf-8", errors="replace"))
+        return self._lines
 
 
 def view(seen: Seen, width: int, height: int) -> RenderableType:
     """What fits; `height` 0 for all that there is."""
-    rows, chart_rows, events = room(height)
     wide = width >= 2 * LEFT_COLUMN
-    figures, chart = figure_table(seen), losses(seen, width - LEFT_COLUMN - 2 if wide else width, chart_rows)
-    parts = [figures, chart]
+    figures, chart = figure_table(seen), losses(seen, width - LEFT_COLUMN - 2 if wide else width)
+    above = HEADING_ROWS + (CHART_ROWS if wide else figures.row_count + 1 + CHART_ROWS)
+    parts: list[RenderableType | None] = [figures, chart]
     if wide and chart:
         beside = Table.grid(padding=(0, 2))
-        beside.add_row(*parts)
+        beside.add_row(figures, chart)
         parts = [beside]
+    elif height and height < above + LEAST_BELOW:
+        above -= CHART_ROWS
+        parts = [figures]
+    rows, events = room(height - above if height else 0)
     below = [expert_rows(seen, width, rows), event_lines(seen, events)]
     return Group(heading(seen, width), *(part for part in (*parts, *below) if part))
 
 
-def room(height: int) -> tuple[int, int, int]:
-    """Lines for experts, for the chart and for events, beside headings and the table of figures."""
-    if not height:
-        return ROWS, CHART_ROWS, EVENTS
-    left = height - HEADING_ROWS - CHART_ROWS
+def room(left: int) -> tuple[int, int]:
+    """Lines for experts and for events, of those that are left; 0: as many as are wanted."""
+    if not left:
+        return ROWS, EVENTS
     events = max(1, min(EVENTS, left // 2 - 2))
-    return max(0, min(ROWS, left - events - 4)), CHART_ROWS, events
+    return max(0, min(ROWS, left - events - 4)), events
 
 
 def heading(seen: Seen, width: int) -> RenderableType:
@@ -149,13 +185,14 @@ def state(seen: Seen) -> Text:
     if not seen.beats:
         return Text("no sign of its ranks", style="yellow")
     beats = [beat for beat, _ in seen.beats.values()]
-    if all(beat.phase == "ended" for beat in beats):
-        return _ended(beats)
-    rank, (slowest, age) = max(
-        ((rank, found) for rank, found in seen.beats.items() if found[0].phase != "ended"), key=lambda it: it[1][1]
-    )
-    if age > max(SILENT_SECONDS, SILENT_TIMES * (slowest.usual_seconds or 0.0)):
-        told = f"rank {rank} on {slowest.host} has been silent for {duration(age)} ({slowest.phase})"
+    ended = [beat for beat in beats if beat.phase == "ended"]
+    if len(ended) == len(beats) or any(beat.code not in (0, LEFT) for beat in ended):  # it takes the others with it
+        return _ended(ended)
+    at_work = [(age / patience(beat), age, rank) for rank, (beat, age) in seen.beats.items() if beat.phase != "ended"]
+    over, age, rank = max(at_work)
+    if over > 1:
+        beat = seen.beats[rank][0]
+        told = f"rank {rank} on {beat.host} has been silent for {duration(age)} ({beat.phase})"
         return Text(f"{told}: killed, hanging, or its files are late", style="red")
     phases = "/".join(sorted({beat.phase for beat in beats}))
     return Text(f"{phases}, {len(beats)} rank{'s' if len(beats) > 1 else ''}", style="green")
@@ -165,7 +202,7 @@ def _ended(beats: Sequence[Beat]) -> Text:
     errors = [beat.error for beat in beats if beat.error]
     codes = {beat.code for beat in beats}
     if errors:
-        return Text(f"ended: {errors[0]}", style="red")
+        return Text(f"ended: {plain(errors[0])}", style="red")
     if codes == {0}:
         return Text("done", style="green")
     if codes == {LEFT}:
@@ -176,7 +213,7 @@ def _ended(beats: Sequence[Beat]) -> Text:
 def seconds_left(seen: Seen) -> float:
     recent = [line["step_seconds"] for line in seen.steps[-RECENT:]]
     over = not seen.beats or any(beat.phase == "ended" for beat, _ in seen.beats.values())
-    return 0.0 if over or not recent else (seen.planned_steps - seen.step) * statistics.median(recent)
+    return 0.0 if over or not recent else max(0, seen.planned_steps - seen.step) * statistics.median(recent)
 
 
 def figure_table(seen: Seen) -> Table:
@@ -209,7 +246,7 @@ def _number(value: float, unit: str) -> str:
     return f"{shown} {unit}".strip()
 
 
-def losses(seen: Seen, width: int, height: int) -> RenderableType | None:
+def losses(seen: Seen, width: int) -> RenderableType | None:
     """Training loss, and the tasks' mean validation loss, over steps."""
     training = _known(thinned([(line["step"], line["loss"]) for line in seen.steps]))
     validation = _known([(line["step"], _mean_validation(line)) for line in seen.lines])
@@ -217,7 +254,7 @@ def losses(seen: Seen, width: int, height: int) -> RenderableType | None:
         return None
     plotext.clear_figure()
     plotext.theme("clear")
-    plotext.plot_size(width, height)
+    plotext.plot_size(width, CHART_ROWS)
     plotext.title("loss: training (line), validation (points)" if validation else "loss")
     if training:
         plotext.plot(*training, marker="braille", color="cyan")
@@ -249,11 +286,18 @@ def expert_rows(seen: Seen, width: int, rows: int) -> RenderableType | None:
     uneven = sorted(range(len(loads)), key=lambda row: -statistics.pstdev(loads[row][0]))[:rows]
     table = Table.grid(padding=(0, 2))
     for load, name in (loads[row] for row in sorted(uneven)):
-        across = max(1, min(4, (width - 32) // len(load)))
-        cells = Text.assemble(*((bar(each) * across, f"rgb({','.join(map(str, colour(each)))})") for each in load))
+        bars = fitted(load, max(8, width - BESIDE_BARS))
+        across = max(1, min(4, (width - BESIDE_BARS) // len(bars)))
+        cells = Text.assemble(*((bar(each) * across, f"rgb({','.join(map(str, colour(each)))})") for each in bars))
         table.add_row(name, cells, f"{max(load):.1f} x even")
     of = f" (the {rows} most uneven of {len(loads)})" if len(loads) > rows else ""
     return Group("", Text(f"load of experts{of}, at step {seen.routing['step']:,}", style="dim"), table)
+
+
+def fitted(load: list[float], most: int) -> list[float]:
+    """Means of neighbours, where there are more than fit."""
+    each = -(-len(load) // most)
+    return [statistics.fmean(load[start : start + each]) for start in range(0, len(load), each)]
 
 
 def bar(load: float) -> str:
@@ -264,7 +308,18 @@ def bar(load: float) -> str:
 def event_lines(seen: Seen, most: int) -> RenderableType | None:
     """What happened last, as the run and its supervisor tell."""
     told = [(line["step"], line["event"], line.get("text", "")) for line in seen.lines if "event" in line]
-    told += [(line.get("step") or 0, line["event"], line.get("what") or "") for line in seen.incidents]
+    step = 0
+    for line in seen.incidents:
+        step = max(step, line["step"] or 0)  # one that was over before a step is no older than the one before
+        told.append((step, line.get("event", ""), line.get("what") or ""))
     shown = sorted(told, key=lambda row: row[0])[-most:]
-    rows = [Text(f"{step:>8,}  {event:<12}  {text}", no_wrap=True, overflow="ellipsis") for step, event, text in shown]
+    rows = [
+        Text(f"{step:>8,}  {plain(event):<12}  {plain(text)}", no_wrap=True, overflow="ellipsis")
+        for step, event, text in shown
+    ]
     return Group("", Text("    step  event", style="dim"), *rows) if rows else None
+
+
+def plain(text: str) -> str:
+    """On one line, without what a terminal would take for orders."""
+    return " ".join("".join(one if one.isprintable() else " " for one in text).split())

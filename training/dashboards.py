@@ -29,6 +29,7 @@ SECTIONS = {  # of a record's keys that are in none
     "tokens": "progress", "position": "progress",
 }  # fmt: skip
 RENAMED = {"loss/validation/": "validation/", "moe/": "experts/"}
+LISTED = 500  # events, the last ones, of the table on a page
 NO_FILES = "there are no files for TensorBoard"
 SAMPLE_COLUMNS = ("task", "prompt", "reference", "output", "right")
 
@@ -65,8 +66,14 @@ class Page(Protocol):
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None: ...
 
-    def event(self, events: Sequence[Event]) -> None:
-        """The last one has happened, after the others."""
+    def event(self, events: Sequence[Event], values: Mapping[str, float]) -> None:
+        """The last one has happened, after the others, and was measured. It may be of a step some steps ago."""
+
+    def table(self, step: int, events: Sequence[Event]) -> None:
+        """All events so far."""
+
+    def go_back(self, step: int) -> None:
+        """What was logged after a step is given up."""
 
     def summary(self, values: Record) -> None: ...
 
@@ -111,8 +118,9 @@ class Pages:
             if record.get(key) is not None:
                 self._curves.setdefault(key, []).append((record["step"], record[key]))
 
-    def plan(self, step: int) -> None:
-        """Draw the plan beside what came."""
+    def evaluated(self, step: int) -> None:
+        """Draw the plan beside what came, and list what happened."""
+        self._all(lambda page: page.table(step, self._events[-LISTED:]))
         for key, curve in self._curves.items():
             name, planned = f"plan/{key.replace('/', '_')}", self._plan[key]["value"]
             self._all(partial(_draw_plan, step, name, curve, planned))
@@ -124,9 +132,15 @@ class Pages:
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         self._all(lambda page: page.samples(step, samples))
 
-    def event(self, step: int, kind: str, text: str) -> None:
-        self._events.append(Event(step, kind, text))
-        self._all(lambda page: page.event(self._events))
+    def event(self, line: Record) -> None:
+        """A line of metrics.jsonl about something that happened."""
+        self._events.append(Event(line["step"], line["event"], line["text"]))
+        self._all(lambda page: page.event(self._events, page_values(line)))
+
+    def go_back(self, step: int, lines: Sequence[Record]) -> None:
+        """Lines after a step were given up; `lines` are left."""
+        self.known(lines)
+        self._all(lambda page: page.go_back(step))
 
     def summary(self, values: Record) -> None:
         self._all(lambda page: page.summary(clean(values)))
@@ -208,11 +222,16 @@ class WandbPage:
             table.add_data(picture, *(getattr(sample, column) for column in SAMPLE_COLUMNS))
         self.log(step, {"samples": table})
 
-    def event(self, events: Sequence[Event]) -> None:
-        table, last = self._wandb.Table(columns=list(Event._fields), data=list(map(list, events))), events[-1]
-        # What a crashed run had sent is on the page, and its events are not; a mark may be late, the table is right.
-        values = {f"events/{last.kind.replace(' ', '_')}": times(events), "events/all": table}
-        self._run.log(values, step=max(last.step, self._run.step))
+    def event(self, events: Sequence[Event], values: Mapping[str, float]) -> None:
+        # Steps of wandb only grow: a mark may be late, the table is right.
+        self._run.log({event_name(events): times(events), **values}, step=max(events[-1].step, self._run.step))
+
+    def table(self, step: int, events: Sequence[Event]) -> None:
+        table = self._wandb.Table(columns=list(Event._fields), data=list(map(list, events)))
+        self._run.log({"events/all": table}, step=max(step, self._run.step))
+
+    def go_back(self, step: int) -> None:
+        """wandb keeps what it was sent, and takes up again where the run gets beyond it."""
 
     def summary(self, values: Record) -> None:
         self._run.summary.update(values)
@@ -223,25 +242,34 @@ class WandbPage:
 
 
 class TensorboardPage:
-    """Files that `tensorboard --logdir runs` shows. What a resumed run writes again is shown once."""
+    """Files that `tensorboard --logdir runs` shows. What a run writes again, resumed or gone back, is shown once."""
 
     def __init__(self, folder: Path, start_step: int):
+        self._folder, self._start, self._opened = folder, start_step, 0
+        self._planned: dict[str, int] = {}  # the last step of each curve
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # A file is named by its second: two starts within one are told apart.
-        own = f".{start_step}"
-        self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=start_step + 1, filename_suffix=own)
-        self._start = start_step
-        self._planned: dict[str, int] = {}  # the last step of each curve
+        # A file is named by its second: two within one are told apart.
+        self._opened += 1
+        own = f".{start_step}.{self._opened}"
+        self._writer = SummaryWriter(str(self._folder), flush_secs=10, purge_step=start_step + 1, filename_suffix=own)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def plan(self, step: int, name: str, actual: list[Point], planned: float) -> None:
+        if name not in self._planned:
+            self._planned[name] = self._start
+            both = [f"{curve}/(actual|planned)" for curve in self._planned]
+            self._writer.add_custom_scalars({"plan": {tags: ["Multiline", [tags]] for tags in both}})
         for at, value in actual:
-            if at > self._planned.get(name, self._start):
-                self._writer.add_scalars(name, {"actual": value, "planned": planned}, at)
+            if at > self._planned[name]:
+                self._writer.add_scalar(f"{name}/actual", value, at)
+                self._writer.add_scalar(f"{name}/planned", planned, at)
         self._planned[name] = step
 
     def picture(self, step: int, name: str, png: bytes) -> None:
@@ -256,16 +284,29 @@ class TensorboardPage:
             if sample.image:
                 self.picture(step, f"samples/{number}", sample.image)
 
-    def event(self, events: Sequence[Event]) -> None:
+    def event(self, events: Sequence[Event], values: Mapping[str, float]) -> None:
         step, kind, text = events[-1]
-        self._writer.add_scalar(f"events/{kind.replace(' ', '_')}", times(events), step)
+        self.log(step, {event_name(events): times(events), **values})
         self._writer.add_text("events", f"**{kind}** {text}", step)
+
+    def table(self, step: int, events: Sequence[Event]) -> None:
+        """Each is told as it happens."""
+
+    def go_back(self, step: int) -> None:
+        self._writer.close()
+        self._open(step)
+        self._planned = {name: min(last, step) for name, last in self._planned.items()}
 
     def summary(self, values: Record) -> None:
         self._writer.add_text("summary", "\n\n".join(f"**{key}** {value}" for key, value in values.items()))
 
     def finish(self, failed: bool) -> None:
         self._writer.close()
+
+
+def event_name(events: Sequence[Event]) -> str:
+    """Of the mark of what happened last."""
+    return f"events/{events[-1].kind.replace(' ', '_')}"
 
 
 def times(events: Sequence[Event]) -> int:

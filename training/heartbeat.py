@@ -49,6 +49,7 @@ class Heartbeat:
     """This rank's file. Before `open`, and where the disk refuses it, nothing is told, and nothing fails."""
 
     def __init__(self) -> None:
+        self.error = ""  # why the rank will end, in words
         self._started = time.time()
         self._path: Path | None = None
         self._stacks: IO[str] | None = None
@@ -107,18 +108,18 @@ class Heartbeat:
         yield
         self.enter(before)
 
-    def end(self, code: int, error: str = "") -> None:
+    def end(self, code: int) -> None:
         """The rank is about to end with an exit code."""
         self._phase = "ended"
-        self._write(code, error)
+        self._write(code)
 
-    def _write(self, code: int | None = None, error: str = "") -> None:
+    def _write(self, code: int | None = None) -> None:
         self._written = time.monotonic()
         if self._path is None:
             return
         beat = Beat(
             os.getpid(), socket.gethostname(), self._started, time.time(), self._phase, self._step, self._first_step,
-            self._usual(), code, error,
+            self._usual(), code, self.error,
         )  # fmt: skip
         try:
             write_json(self._path, asdict(beat))

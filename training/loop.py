@@ -122,7 +122,7 @@ class Training:
             left = max(recipe.steps - self.step, 0)
             rest = f"{left:,} steps are left" if left else "nothing is left to do, unless steps is raised"
             self._tell("resumed", f"{rest}, from {found.path}")
-        if before:
+        if before or (self._is_delinked(found) and self.tracker and not self.tracker.has_told("delinked")):
             self._tell("delinked", f"each of {self.config.model.layers} layers has its own weights from now on")
         self.stop.begin()
         self.engine.before_batch = self._before_batch

@@ -33,7 +33,7 @@ class Meter:
         self.engine, self.task_names = engine, task_names
         self.peak = self._sum(peak)  # FLOP/s of all ranks
         self.energy, self.rates, self.watts = EnergyMeter(), EnergyRates(), watts
-        self.began = time.perf_counter()
+        self.counted, self.counted_at = 0.0, time.perf_counter()  # joules, as long as counters tell, and when
         self.tokens = (counters or {}).get("tokens", 0)
         self.joules_before = (counters or {}).get("joules", 0.0)
         self.modelled_before = (counters or {}).get("modelled", False)  # whether any of them is no counter's
@@ -105,11 +105,10 @@ class Meter:
         self.last_joules = now
         passed = None if now is None or before is None else now - before
         total = self._total(now)
-        known = total is not None or source == UNAVAILABLE
         return {
             "energy/joules": total,
             **self.rates.step(passed, seconds, tokens),
-            "energy/source": MODELLED if known and self._is_modelled(source) else source,
+            "energy/source": MODELLED if source != UNAVAILABLE and self._is_modelled(source) else source,
         }
 
     def _total(self, joules: float | None) -> float | None:
@@ -123,10 +122,11 @@ class Meter:
         own = self.energy.joules() if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 0.0
         total = self._sum(math.nan if own is None else own)
         if not math.isnan(total):
+            self.counted, self.counted_at = total, time.perf_counter()
             return total, self.energy.source
         if self.watts is None:
             return None, UNAVAILABLE
-        return self.watts * (time.perf_counter() - self.began), MODELLED
+        return self.counted + self.watts * (time.perf_counter() - self.counted_at), MODELLED
 
     def _sum(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)

@@ -71,8 +71,12 @@ def keep_lines(path: Path, step: int) -> None:
 
 def read_lines(path: Path) -> list[Record]:
     """The lines of a metrics file; a torn one is passed over, and a missing file has none."""
+    return parse_lines(path.read_text(encoding="utf-8", errors="replace") if path.exists() else "")
+
+
+def parse_lines(text: str) -> list[Record]:
+    """Those of a metrics file's text."""
     lines = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for one in text.split("\n"):  # splitlines would also split at separators that a caption may hold
         try:
             line = json.loads(one)

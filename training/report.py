@@ -80,7 +80,7 @@ def write_report(run: Path) -> Path:
         name=run.resolve().name,
         facts=[(label(key), fact(key, value)) for key, value in facts.items()],
         tiles=tiles(steps, facts),
-        quarters=quarters(lines, planned_steps(run)),
+        quarters=quarters(lines, planned_steps(run, is_delinked(lines))),
         evaluation=read_evaluation(run),
         learning=learning_figures(steps, lines),
         costs=cost_figures(steps),
@@ -103,13 +103,20 @@ def label(key: str) -> str:
     return key.replace("_", " ").replace("/", ", ")
 
 
-def planned_steps(run: Path) -> int:
-    """The steps that the run's recipe asks for; 0 if it cannot be read."""
+def planned_steps(run: Path, delinked: bool) -> int:
+    """The steps that the run's recipe asks for, or asks for once layers are delinked; 0 if it cannot be read."""
     try:
-        steps = read_mapping(run / RECIPE).get("steps")
+        recipe = read_mapping(run / RECIPE)
     except UserError:
         return 0
+    later = recipe.get("delink", {}).get("then", {}).get("steps") if delinked else None
+    steps = later or recipe.get("steps")
     return steps if isinstance(steps, int) else 0
+
+
+def is_delinked(lines: list[Record]) -> bool:
+    """Whether the layers of a run, which shared their weights, have their own by now."""
+    return any(line.get("event") == "delinked" for line in lines)
 
 
 def quarters(lines: list[Record], planned: int) -> Quarters:
@@ -246,8 +253,7 @@ def expert_figures(steps: list[Record]) -> list[Figure]:
 
 def planned_figures(run: Path, lines: list[Record]) -> Record:
     """What the planner foretold, by a record's keys; empty if it was not asked."""
-    delinked = any(line.get("event") == "delinked" for line in lines)
-    return read_plan(run, delinked).get("metrics", {})
+    return read_plan(run, is_delinked(lines)).get("metrics", {})
 
 
 def machine_figures(steps: list[Record], plan: Record) -> list[Figure]:

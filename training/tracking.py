@@ -113,7 +113,7 @@ class Tracker:
         self._write({"step": step, **losses})
         shown = (f"{key.removeprefix('loss/validation/')} {value:.3f}" for key, value in losses.items())
         self._screen.say(f"step {step}: validation loss {', '.join(shown)}")
-        self._pages.plan(step)
+        self._pages.evaluated(step)
 
     def samples(self, step: int, samples: list[Sample]) -> None:
         """Keep what the model writes now, in place of what it wrote before; wandb keeps all."""
@@ -135,7 +135,11 @@ class Tracker:
         keep_lines(self._run / "metrics.jsonl", step)
         self._metrics = (self._run / "metrics.jsonl").open("a", encoding="utf-8")
         self._window = list(state["window"])
-        self._pages.known(read_lines(self._run / "metrics.jsonl"))
+        self._pages.go_back(step, read_lines(self._run / "metrics.jsonl"))
+
+    def has_told(self, kind: str) -> bool:
+        """Whether an event of this kind is among the run's lines."""
+        return any(line.get("event") == kind for line in read_lines(self._run / "metrics.jsonl"))
 
     def saved(self, outcome: Outcome) -> None:
         """Record what became of a save: its stall and its time are metrics, a failure is an event."""
@@ -156,6 +160,7 @@ class Tracker:
         """Keep the run's closing figures, end the live line, finish wandb and its service."""
         self._about["summary"] = clean(summary)
         self._keep("run.json", self._about)
+        self._pages.evaluated(summary.get("steps", 0))
         self._pages.summary(summary)
         self._stop(failed=False)
 
@@ -163,9 +168,7 @@ class Tracker:
         with self._while_there_is_room():
             self._metrics.write(json.dumps(clean(line), ensure_ascii=False, allow_nan=False) + "\n")
             self._metrics.flush()  # what a full disk has refused stays in the buffer for the next time
-        if "event" in line:
-            self._pages.event(line["step"], line["event"], line["text"])
-        self._pages.record(line)
+        (self._pages.event if "event" in line else self._pages.record)(line)
 
     def _keep(self, name: str, value: Any) -> None:
         with self._while_there_is_room():

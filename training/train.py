@@ -40,7 +40,8 @@ def main() -> None:
         _say_once("stopped on request while it started; nothing was changed")
         code = LEFT
     except Exception as error:
-        heartbeat.end(1, f"{type(error).__name__}: {error}")
+        heartbeat.error = f"{type(error).__name__}: {error}"
+        heartbeat.end(1)
         raise
     if code != RESTARTABLE:  # that one has told what it was
         heartbeat.end(code)
@@ -94,8 +95,9 @@ def _refused(error: UserError, heartbeat: Heartbeat) -> int:
     """Tell it, and the exit code for it."""
     answer(signal.SIG_DFL)
     code = RESTARTABLE if isinstance(error, RestartableError) else MISTAKE
+    heartbeat.error = str(error)
     if code == RESTARTABLE:
-        heartbeat.end(code, str(error))  # a supervisor need not wait for us to tell it
+        heartbeat.end(code)  # a supervisor need not wait for us to tell it
     _tell(error, int(os.environ.get("RANK", 0)))
     return code
 

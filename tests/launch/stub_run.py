@@ -65,7 +65,8 @@ def misbehave(own: heartbeat.Heartbeat, ending: str) -> None:
     if ending == "hang":
         stuck_in_a_collective()
     if ending == "error":
-        own.end(1, "ValueError: seven")
+        own.error = "ValueError: seven"
+        own.end(1)
         sys.exit(1)
     if ending == "mistake":
         own.end(MISTAKE)

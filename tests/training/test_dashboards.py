@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.training.fake_run import FACTS, TASKS, learn, make_load, make_recipe, make_record, make_samples, written
+from training.checkpoint import Outcome
 from training.dashboards import page_name
 from training.errors import UserError
 from training.tracking import Tracker
@@ -27,12 +28,14 @@ PLAN = {
 }
 
 
+SAVE = Outcome(35, "", "", 0.5, 2.0, 1.0, 10**6)  # told five steps late
 SHOWN = {
     "loss/loss", *(f"loss/{task}" for task in TASKS), "validation/caption", "experts/load", "experts/load_cv",
     "experts/drop_rate", "speed/step_seconds", "speed/tokens_per_second", "speed/flops_utilization",
     "memory/device_bytes", "memory/host_bytes", "optimizer/lr", "optimizer/grad_norm", "progress/tokens",
     "progress/position", "samples",
     "plan/step_seconds", "plan/memory_host_bytes", "events/saved", "events/all",
+    "save/stall_seconds", "save/write_seconds", "save/verify_seconds",
 }  # fmt: skip
 
 
@@ -68,13 +71,15 @@ def few(told: list[dict[str, str]]) -> set[str]:
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """What TensorBoard's files hold: name, step, value."""
-    found = []
+    """What TensorBoard shows of its files: name, step, value. A new file takes back what was after its start."""
+    found: list[tuple[str, int, float]] = []
     for path in sorted(folder.rglob("*tfevents*"), key=lambda path: path.stat().st_mtime):
         data, place = path.read_bytes(), 0
         while place < len(data):
             (size,) = struct.unpack_from("<Q", data, place)
             event = Event.FromString(data[place + 12 : place + 12 + size])
+            if event.session_log.status == SessionLog.START:
+                found = [one for one in found if one[1] < event.step]
             found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
             place += size + 16
     return found
@@ -99,15 +104,18 @@ def test_tensorboards_files_hold_the_same_curves_the_plan_the_load_and_the_event
         tracker.event(20, "saved")
         state = tracker.state()
     with Tracker(tmp_path, recipe, FACTS, 20, state, PLAN) as tracker:
-        learn(tracker, 21, 40)
+        learn(tracker, 21, 35)
+        tracker.go_back(30, tracker.state() | {"window": []})
+        learn(tracker, 31, 40)
         tracker.event(40, "skipped step")
     found = scalars(tmp_path / "tensorboard")
     logged = {line["step"]: line["loss"] for line in written(tmp_path) if "loss" in line}
     assert {step: value for name, step, value in found if name == "loss/loss"} == pytest.approx(logged)
     assert {"events/saved", "events/skipped_step", "experts/load", "validation/caption"} <= {name for name, *_ in found}
-    planned = [(step, value) for name, step, value in found if name == "plan/step_seconds" and value == 1.25]
-    assert sorted(step for step, _ in planned) == sorted(logged)
-    assert {name for name, *_ in found if not name.startswith(("samples", "events", "plan"))} <= SHOWN
+    for curve, value in (("planned", 1.25), ("actual", 1.1)):
+        shown = {step: value for name, step, value in found if name == f"plan/step_seconds/{curve}"}
+        assert shown == pytest.approx(dict.fromkeys(logged, value))
+    assert {name for name, *_ in found if not name.startswith(("samples", "events", "plan", "custom_scalars"))} <= SHOWN
 
 
 @pytest.mark.parametrize("where", ["recipe", "environment"])
@@ -136,7 +144,7 @@ def test_a_resumed_run_continues_its_page_and_leaves_no_service(tmp_path: Path) 
         tracker.close({"loss": 2.0})
     with Tracker(tmp_path / "quick", recipe, FACTS, 20, state, PLAN) as tracker:
         learn(tracker, 21, 40)
-        tracker.event(40, "saved")
+        tracker.saved(SAVE)
     pages = list((tmp_path / "quick/wandb").glob(f"offline-run-*-{state['wandb']}/*.wandb"))
     assert pages and not list((tmp_path / "home").rglob("artifacts"))
     staged = [file for file in (tmp_path / "quick/wandb/data").rglob("*") if file.is_file()]

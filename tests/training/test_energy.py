@@ -1,12 +1,15 @@
 """Energy: counters that wrap and are reset, rates over whole windows, and no figure where nothing measures."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.energy import WINDOW_SECONDS, Counter, EnergyMeter, EnergyRates
+from tests.ranks import run_ranks
+from training.energy import MODELLED, UNAVAILABLE, WINDOW_SECONDS, Counter, EnergyMeter, EnergyRates
 
 
 def make_zone(powercap: Path, zone: str, name: str, microjoules: int) -> Path:
@@ -76,3 +79,30 @@ def test_before_the_first_window_and_across_a_gap_nothing_is_told() -> None:
     assert set(rates.step(None, 5.0, 10).values()) == {None}
     assert rates.step(100.0, 6.0, 10)["energy/watts"] == 100  # what came before the gap counts no more
     assert rates.step(100.0, 4.0, 10)["energy/watts"] == 20
+
+
+def metered(readings: list[float | None], watts: float | None, counters: dict | None) -> list[tuple]:
+    """On a rank: joules, source and watts of a record a reading, after a first one, of steps of ten seconds."""
+    from training.meter import Meter
+    from training.start import init_distributed
+
+    init_distributed()
+    meter = Meter(SimpleNamespace(device="cpu"), [], 1.0, counters, watts)
+    told: Iterator[float | None] = iter(readings)
+    meter.energy = SimpleNamespace(joules=lambda: next(told), source="measured (rapl)")
+    meter.restart_clock()
+    records = [meter._energy(seconds=10.0, tokens=5) for _ in readings[1:]]
+    return [(one["energy/joules"], one["energy/source"], one["energy/watts"]) for one in records]
+
+
+def test_a_counter_that_fails_midway_is_followed_by_the_plan_without_a_jump() -> None:
+    [found] = run_ranks(1, metered, [0.0, 1000.0, 5000.0, None, None], 100.0, {"tokens": 0, "joules": 70.0})
+    joules, sources, watts = zip(*found, strict=True)
+    assert joules[:2] == (1070.0, 5070.0) and 5070 <= joules[2] <= joules[3] < 5170
+    assert sources == ("measured (rapl)",) * 2 + (MODELLED,) * 2
+    assert watts[:2] == (100.0, 400.0) and min(watts) >= 0
+
+
+def test_without_counter_and_plan_nothing_is_told_whatever_was_before() -> None:
+    [found] = run_ranks(1, metered, [None, None], None, {"tokens": 9, "joules": 70.0, "modelled": True})
+    assert found == [(None, UNAVAILABLE, None)]

@@ -49,7 +49,8 @@ def test_it_tells_phase_step_and_what_is_usual(tmp_path: Path, monkeypatch: pyte
     with own.during("evaluating"):
         assert (said(tmp_path).phase, said(tmp_path).usual_seconds) == ("evaluating", None)
     assert said(tmp_path).phase == "training"
-    own.end(1, "ValueError: seven")
+    own.error = "ValueError: seven"
+    own.end(1)
     assert (said(tmp_path).phase, said(tmp_path).code, said(tmp_path).error) == ("ended", 1, "ValueError: seven")
 
 

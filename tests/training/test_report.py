@@ -184,8 +184,10 @@ def test_an_unfinished_run_has_no_last_quarter_yet() -> None:
 
 
 def test_the_end_of_a_run_is_its_recipes(run: Path, tmp_path: Path) -> None:
-    assert planned_steps(run) == 400
-    assert planned_steps(tmp_path) == 0
+    assert planned_steps(run, False) == 400
+    assert planned_steps(tmp_path, False) == 0
+    (tmp_path / "recipe.yaml").write_text("steps: 9\ndelink: {after: 5, then: {steps: 20}}\n")
+    assert [planned_steps(tmp_path, delinked) for delinked in (False, True)] == [9, 20]
     assert "not yet" not in Page(write_report(run)).text
     shutil.copy(run / "recipe.yaml", tmp_path)
     lines = [line for line in read_lines(run / "metrics.jsonl") if line["step"] <= 250]
