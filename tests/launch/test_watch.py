@@ -1,5 +1,6 @@
 """`m6 watch`: what it says of a run's folder, and that it lives on a terminal and leaves on Ctrl-C."""
 
+import functools
 import json
 import os
 import pty
@@ -166,7 +167,9 @@ def test_on_a_terminal_it_lives_until_ctrl_c(run: Path) -> None:
     program = "from launch.cli import main; main()"
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
     command = [sys.executable, "-P", "-c", program, "watch", str(run)]
-    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+    # Whoever runs the tests in the background has SIGINT ignored, which children take over.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment, preexec_fn=heard) as process:
         os.close(terminal)
         seen = b""
         for phase in ("training", "saving"):

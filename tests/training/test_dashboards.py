@@ -145,7 +145,7 @@ def test_a_resumed_run_continues_its_page_and_leaves_no_service(tmp_path: Path) 
     with Tracker(tmp_path / "quick", recipe, FACTS, 20, state, PLAN) as tracker:
         learn(tracker, 21, 40)
         tracker.saved(SAVE)
-    pages = list((tmp_path / "quick/wandb").glob(f"offline-run-*-{state['wandb']}/*.wandb"))
+    pages = list((tmp_path / "quick/wandb").glob(f"offline-run-*-{state['wandb']}*/*.wandb"))
     assert pages and not list((tmp_path / "home").rglob("artifacts"))
     staged = [file for file in (tmp_path / "quick/wandb/data").rglob("*") if file.is_file()]
     assert {sample.image for sample in make_samples() if sample.image} <= {file.read_bytes() for file in staged}
