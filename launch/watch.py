@@ -34,6 +34,7 @@ RECENT = 20  # logged lines that stand for now
 ROWS, EVENTS = 6, 6  # of experts and of events
 HEADING_ROWS, CHART_ROWS, LEAST_BELOW = 4, 14, 4
 LEFT_COLUMN, BESIDE_BARS = 46, 32  # characters
+GREY = (150, 150, 150)  # seen on dark terminals and on light ones
 FIGURES = {  # what is shown beside its plan: title, unit, and by how much it is divided
     "step_seconds": ("step", "s", 1.0),
     "tokens_per_second": ("tokens a second", "", 1.0),
@@ -288,7 +289,9 @@ def expert_rows(seen: Seen, width: int, rows: int) -> RenderableType | None:
     for load, name in (loads[row] for row in sorted(uneven)):
         bars = fitted(load, max(8, width - BESIDE_BARS))
         across = max(1, min(4, (width - BESIDE_BARS) // len(bars)))
-        cells = Text.assemble(*((bar(each) * across, f"rgb({','.join(map(str, colour(each)))})") for each in bars))
+        cells = Text.assemble(
+            *((bar(each) * across, f"rgb({','.join(map(str, colour(each, GREY)))})") for each in bars)
+        )
         table.add_row(name, cells, f"{max(load):.1f} x even")
     of = f" (the {rows} most uneven of {len(loads)})" if len(loads) > rows else ""
     return Group("", Text(f"load of experts{of}, at step {seen.routing['step']:,}", style="dim"), table)

@@ -41,9 +41,9 @@ def heat_map(wanted: Sequence[Sequence[Sequence[int]]]) -> bytes:
     return stream.getvalue()
 
 
-def colour(load: float | None) -> tuple[int, ...]:
-    """Of a cell, red, green and blue: None is one without tokens."""
+def colour(load: float | None, even: tuple[int, ...] = EVEN) -> tuple[int, ...]:
+    """Of a cell, red, green and blue: None is one without tokens; `even` is that of an even load."""
     if load is None:
         return NONE
     full, share = (OVER if load > 1 else UNDER), strength(load)
-    return tuple(round(even + share * (end - even)) for even, end in zip(EVEN, full, strict=True))
+    return tuple(round(start + share * (end - start)) for start, end in zip(even, full, strict=True))
