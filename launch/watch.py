@@ -289,9 +289,8 @@ def expert_rows(seen: Seen, width: int, rows: int) -> RenderableType | None:
     for load, name in (loads[row] for row in sorted(uneven)):
         bars = fitted(load, max(8, width - BESIDE_BARS))
         across = max(1, min(4, (width - BESIDE_BARS) // len(bars)))
-        cells = Text.assemble(
-            *((bar(each) * across, f"rgb({','.join(map(str, colour(each, GREY)))})") for each in bars)
-        )
+        styles = (f"rgb({','.join(map(str, colour(each, GREY)))})" for each in bars)
+        cells = Text.assemble(*((bar(each) * across, style) for each, style in zip(bars, styles, strict=True)))
         table.add_row(name, cells, f"{max(load):.1f} x even")
     of = f" (the {rows} most uneven of {len(loads)})" if len(loads) > rows else ""
     return Group("", Text(f"load of experts{of}, at step {seen.routing['step']:,}", style="dim"), table)
