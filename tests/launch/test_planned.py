@@ -1,18 +1,23 @@
 """This machine as a cluster file, and a run's plan kept in its folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launch.measured_cluster import described
+from launch.nodes import Place
 from launch.planned import filled_share, foretold, write_plan
 from launch.planner.cluster import load_cluster
 from launch.planner.plan import make_plan
 from launch.planner.workload import load_work
+from launch.run import Plan as Checked
+from launch.run import TrainingRun, keep_plan, launch
 from tests.made_machine import MACHINE
 from training.data.corpus import Corpus
+from training.ds_config import resolve
 from training.errors import UserError
 from training.recipe import Recipe
 from training.run import PLAN, read_plan
@@ -97,3 +102,31 @@ def test_a_run_that_delinks_is_planned_in_both_its_stages(sample_corpus: Corpus,
 def test_a_plan_for_another_number_of_ranks_is_refused(sample_corpus: Corpus, cluster: str) -> None:
     with pytest.raises(UserError, match=r"here\.yaml: has 2 devices, and this run 4 ranks; plan for as many"):
         foretold(recipe(sample_corpus), cluster, world=4)
+
+
+def test_a_plan_of_another_run_or_of_other_ranks_goes(sample_corpus: Corpus, cluster: str, tmp_path: Path) -> None:
+    small = recipe(sample_corpus)
+    checked = Checked(small, tmp_path, Path(small.data), resolve(small, 2, 0, tmp_path), Path("cpu.json"))
+    plain = TrainingRun(Path("r.yaml"))
+    asked, resumed = replace(plain, cluster=cluster), replace(plain, resume=True)
+    turns = ((asked, 2, True), (resumed, 2, True), (resumed, 1, False), (asked, 2, True), (plain, 2, False))
+    for run, world, kept in turns:
+        keep_plan(checked, run, world)
+        assert (tmp_path / PLAN).exists() == kept
+
+
+def test_a_dry_run_checks_the_cluster_and_tells_the_plan(
+    sample_corpus: Corpus,
+    cluster: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(yaml.safe_dump(recipe(sample_corpus).model_dump(mode="json")))
+    launch(TrainingRun(Path("r.yaml"), cluster=cluster), Place(2), dry_run=True)
+    shown = capsys.readouterr().out
+    assert " s a step (" in shown and f"--cluster {cluster}" in shown
+    with pytest.raises(UserError, match="has 2 devices, and this run 1 ranks"):
+        launch(TrainingRun(Path("r.yaml"), cluster=cluster), Place(1), dry_run=True)
+    assert not list(tmp_path.glob("runs/*"))
