@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -55,13 +55,18 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 
 
-def _known_task(name: str) -> str:
-    if name not in TASK_NAMES:
-        raise ValueError(f"is unknown{nearest(name, TASK_NAMES)}")
-    return name
+def one_of(names: Collection[str]) -> AfterValidator:
+    """What refuses any other name, with the nearest."""
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"is unknown{nearest(name, names)}")
+        return name
+
+    return AfterValidator(known)
 
 
-Task = Annotated[str, AfterValidator(_known_task)]
+Task = Annotated[str, one_of(TASK_NAMES)]
 
 
 class Section(BaseModel):

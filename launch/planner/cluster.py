@@ -6,11 +6,11 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from launch.planner.hardware import MULTIPLYING, PRECISIONS, Hardware
 from training.errors import UserError
-from training.recipe import Section, nearest, parse_settings, read_mapping
+from training.recipe import Section, one_of, parse_settings, read_mapping
 
 FOLDER = Path(__file__).resolve().parent.parent / "clusters"
 
@@ -20,13 +20,7 @@ Watts = Annotated[float, Field(gt=0, le=1e9)]
 Count = Annotated[int, Field(ge=1, le=10**6)]
 
 
-def _known_precision(name: str) -> str:
-    if name not in PRECISIONS:
-        raise ValueError(f"is unknown{nearest(name, PRECISIONS)}")
-    return name
-
-
-Precision = Annotated[str, AfterValidator(_known_precision)]
+Precision = Annotated[str, one_of(PRECISIONS)]
 
 
 class Part(Section):
