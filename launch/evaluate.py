@@ -81,22 +81,22 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
     if m.recipe and m.recipe.image_tokenizer and {"draw", "inpaint"} & m.recipe.tasks.keys():
         drawn, figures["drawing"] = _drawing(m, corpus, split, home, Path(m.recipe.image_tokenizer), tell)
         shown |= drawn
-    if _learned(m, "contrast"):
+    if m.learned("contrast"):
         tell("finding pictures and texts")
         figures |= _finding(m, corpus, split, home, rows, pairs)
         shown["searches"] = samples.searches(m, pairs)
-    if _learned(m, "caption"):
+    if m.learned("caption"):
         tell("naming pictures")
         figures["caption"] = quality.measure_captions(m, pairs)
         _add(shown, "caption", samples.captions(pairs, _said(figures)))
-    if _learned(m, "ask"):
+    if m.learned("ask"):
         tell("answering questions")
         figures["answers"] = quality.measure_answers(m, corpus, split)
         _add(shown, "ask", samples.questions(m, corpus, split))
     for kind in ("poem", "review"):
         tell(f"writing: {kind}")
         figures[f"text_{kind}"] = _writing(m, corpus, split, kind)
-        if _learned(m, kind):
+        if m.learned(kind):
             shown["sayings"] += samples.texts(m, corpus, split, kind)
     return figures, Samples(**shown)
 
@@ -108,10 +108,6 @@ def _said(figures: Figures) -> list[str]:
 def _add(shown: dict[str, Any], task: str, found: samples.Counted) -> None:
     shown["sayings"] += found[0]
     shown["counts"][task] = found[1]
-
-
-def _learned(m: M6, task: str) -> bool:
-    return m.recipe is None or task in m.recipe.tasks
 
 
 def _finding(m: M6, corpus: Corpus, split: str, home: Path, rows: list[int], pairs: list[quality.Pair]) -> Figures:

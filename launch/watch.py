@@ -33,7 +33,7 @@ LOOK_SECONDS = 2.0
 RECENT = 20  # logged lines that stand for now
 ROWS, EVENTS = 6, 6  # of experts and of events
 HEADING_ROWS, CHART_ROWS, LEAST_BELOW = 4, 14, 4
-LEFT_COLUMN, BESIDE_BARS = 46, 32  # characters
+LEAST_CHART, GAP, BESIDE_BARS = 44, 2, 32  # characters
 GREY = (150, 150, 150)  # seen on dark terminals and on light ones
 FIGURES = {  # what is shown beside its plan: title, unit, and by how much it is divided
     "step_seconds": ("step", "s", 1.0),
@@ -145,14 +145,16 @@ class Growing:
 
 def view(seen: Seen, width: int, height: int) -> RenderableType:
     """What fits; `height` 0 for all that there is."""
-    wide = width >= 2 * LEFT_COLUMN
-    figures, chart = figure_table(seen), losses(seen, width - LEFT_COLUMN - 2 if wide else width)
+    figures = figure_table(seen)
+    beside = width - Console(width=width).measure(figures).maximum - GAP
+    wide = beside >= LEAST_CHART
+    chart = losses(seen, beside if wide else width)
     above = HEADING_ROWS + (CHART_ROWS if wide else figures.row_count + 1 + CHART_ROWS)
     parts: list[RenderableType | None] = [figures, chart]
     if wide and chart:
-        beside = Table.grid(padding=(0, 2))
-        beside.add_row(figures, chart)
-        parts = [beside]
+        row = Table.grid(padding=(0, GAP))
+        row.add_row(figures, chart)
+        parts = [row]
     elif height and height < above + LEAST_BELOW:
         above -= CHART_ROWS
         parts = [figures]
@@ -220,7 +222,7 @@ def seconds_left(seen: Seen) -> float:
 def figure_table(seen: Seen) -> Table:
     """The last logged figures, beside what was planned."""
     plan = seen.plan.get("metrics", {})
-    table = Table(box=None, padding=(0, 1, 0, 0), min_width=LEFT_COLUMN - 2)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for heading in ("", "now", *(("plan", "of it") if plan else ())):
         table.add_column(heading, justify="right" if heading else "left", header_style="dim", no_wrap=True)
     last = seen.steps[-1] if seen.steps else {}

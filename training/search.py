@@ -185,7 +185,9 @@ def pictures_in(folder: Path) -> Iterator[Path]:
 
 
 def details_of(m: M6, images: Sequence[Image.Image]) -> list[str]:
-    """What the model says of each picture: its name and key words."""
+    """What the model says of each picture: its name and key words; "?" if it has not learned to."""
+    if not m.learned("caption"):
+        return ["?"] * len(images)
     both = zip(m.captions(images), m.captions(images, "tags"), strict=True)
     return [clean(" ".join(said)) or "?" for said in both]
 

@@ -295,7 +295,7 @@ class M6:
             drafts = self.draw(text, replace(hand, size=None), reference)
             as_trained = side == painter.config.grid
             return drafts if as_trained else [self._enlarged(painter, draft, side, hand) for draft in drafts]
-        second = self._learned("inpaint") and not self._learned("draw")
+        second = self.learned("inpaint") and not self.learned("draw")
         if hand.steps is None and reference is None and not second:
             return self._draw_in_order(text, hand)
         painter = self._painter("inpaint")
@@ -382,9 +382,9 @@ class M6:
         relevance and fidelity (arXiv 2105.14211), which it trains.
         """
         merits = list(likely)
-        if text.strip() and self._learned("contrast"):
+        if text.strip() and self.learned("contrast"):
             merits = self.embed_images(squares).similarity(self.embed_texts([text]))[:, 0].tolist()
-        elif text.strip() and self._learned("match"):
+        elif text.strip() and self.learned("match"):
             matches = self.matches([(square, text) for square in squares])
             merits = [one * other for one, other in zip(merits, matches, strict=True)]
         order = sorted(range(len(squares)), key=lambda place: -merits[place])
@@ -471,12 +471,12 @@ class M6:
 
     # ---- below: rows and batches
 
-    def _learned(self, task: str) -> bool:
+    def learned(self, task: str) -> bool:
         """Whether it is known to have been trained on a task, or may have been: an export does not say."""
         return self.recipe is None or task in self.recipe.tasks
 
     def _needs(self, task: str) -> None:
-        if not self._learned(task):
+        if not self.learned(task):
             codes = f"m6 train … image_tokenizer=runs/NAME tasks.{task}=2"
             way = codes if task in ("draw", "inpaint") else "launch/recipes/emoji.yaml has it"
             raise UserError(f"this model was trained without task `{task}` ({way})")
@@ -495,7 +495,7 @@ class M6:
             with _told_as_mistake():
                 called_BV = self._called_for(batch, settings.vocabulary) if heeding else None
                 found = generate(self.network, batch, settings, trie=trie, called_BV=called_BV)
-            said += [self.tokenizer.decode(answers[0].tokens) for answers in found]
+            said += [self.tokenizer.decode(answers[0].tokens).strip() for answers in found]
         return said
 
     @torch.no_grad()

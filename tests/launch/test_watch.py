@@ -75,6 +75,18 @@ def test_it_shows_where_the_run_is_beside_its_plan_its_experts_and_what_happened
     assert re.search(r"\n +".join(happened), text)
 
 
+@pytest.mark.parametrize("width", [80, 92, 100, 120, 160, 200])
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_chart_is_whole_beside_figures_with_and_without_a_plan(run: Path, width: int, planned: bool) -> None:
+    if planned:
+        write_json(run / PLAN, {"stages": [{"watts": 1.0, "metrics": METRICS}]})
+    lines = shown(run, width).splitlines()
+    top, bottom = (next(n for n, line in enumerate(lines) if corner in line) for corner in "┌└")
+    assert lines[top].rstrip().endswith("┐") and lines[bottom].rstrip().endswith("┘") and bottom - top > 6
+    left = lines[top].index("┌")
+    assert all(line[left] in "│┤└┌" for line in lines[top : bottom + 1]) and "…" not in lines[top]
+
+
 @pytest.mark.parametrize("width, height", [(40, 24), (60, 40), (80, 24), (80, 50), (120, 24), (120, 30), (200, 60)])
 def test_it_fits_the_terminal_and_shows_the_last_event(run: Path, width: int, height: int) -> None:
     lines = shown(run, width, height).splitlines()

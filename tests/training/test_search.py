@@ -1,5 +1,6 @@
 """Pictures are found by their words, in an index that is built once and kept up to date."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from tests.training.fake_run import make_recipe
 from tests.training.small_run import write_pictures
 from training import search
 from training.data.corpus import Corpus
@@ -56,6 +58,18 @@ def test_scores_weigh_the_picture_and_what_is_said_of_it(m: M6, folder: Path, tm
         seen = m.embed_images([str(hit.path)]).similarity(query)[0, 0]
         said = m.embed_texts([hit.details]).similarity(query)[0, 0]
         assert hit.score == pytest.approx((seen + 0.5 * said) / 1.5, abs=1e-5)
+
+
+def test_a_model_that_has_not_learned_to_caption_searches_by_pictures_alone(
+    m: M6, sample_corpus: Corpus, folder: Path, tmp_path: Path
+) -> None:
+    silent = copy.copy(m)
+    silent.recipe = make_recipe(tasks={"contrast": 1.0})
+    index, _ = indexed(silent, folder, tmp_path / "index")
+    words = sample_corpus.picture(int(next(pictures_in(folder)).stem)).zh
+    hits = index.search(silent, words, 99)
+    seen = [m.embed_images([str(hit.path)]).similarity(m.embed_texts([words]))[0, 0] for hit in hits]
+    assert {hit.details for hit in hits} == {"?"} and seen == sorted(seen, reverse=True)
 
 
 def test_only_what_is_new_or_changed_is_read_again(m: M6, folder: Path, tmp_path: Path) -> None:
