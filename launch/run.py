@@ -28,7 +28,7 @@ from training.errors import LEFT, MISTAKE, RESTARTABLE, UserError
 from training.heartbeat import read_beat
 from training.machine import usable_cores
 from training.recipe import Recipe, load_recipe
-from training.run import CHECKPOINTS, PLAN, RANKS, SWAP, lock_run, open_run
+from training.run import CHECKPOINTS, PLAN, RANKS, RECIPE, SWAP, lock_run, open_run
 
 # On several machines one may be taken for another's that was lost; its lock outlives it for a while.
 LOCK_SECONDS = 120.0
@@ -122,9 +122,18 @@ def launch_node(run: TrainingRun, nodes: Nodes, gpus: int, supervision: Supervis
         code = Supervisor(start, plan.folder, nodes, supervision).run(run.resume)
     else:
         code = explain(*attend(start(run.resume), nodes.ranks, plan.folder / RANKS))
+        if code == 1 and (plan.folder / RECIPE).exists():
+            print(f"m6: {way_on(plan.folder)}", file=sys.stderr)
     if code == 0 and not nodes.here:
         print(f"done: {plan.folder}; see it by: m6 report {run.name}")
     return code
+
+
+def way_on(folder: Path) -> str:
+    """What to do after a failure."""
+    saved = checkpoint_files.steps(folder / CHECKPOINTS)
+    again = f"m6 train --recipe {folder / RECIPE} --name {folder.name} --resume"
+    return f"{again} goes on after step {saved[-1] if saved else 0}; with --supervise it does by itself"
 
 
 def launch_everywhere(run: TrainingRun, hostfile: Path, nodes: Nodes, supervision: Supervision | None) -> int:

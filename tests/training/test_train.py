@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -263,7 +264,10 @@ def test_a_killed_rank_is_one_line(sample_corpus: Corpus, tmp_path: Path) -> Non
     finally:
         started.terminate()
     assert started.returncode == 1
-    assert said(errors) == ["m6: rank 1 was killed by SIGKILL; most likely memory ran out"]
+    what, way = said(errors)
+    assert what == "m6: rank 1 was killed by SIGKILL; most likely memory ran out"
+    again = r"m6 train --recipe runs/run/recipe\.yaml --name run --resume"
+    assert re.fullmatch(rf"m6: {again} goes on after step \d+; with --supervise it does by itself", way)
 
 
 def is_lost_peer(peer_stays: bool) -> bool:
