@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
 
@@ -11,7 +9,7 @@ from training.charts import nats
 from training.errors import UserError
 from training.records import Record, read_lines
 from training.report import is_delinked, planned_steps, quarters, reach, write_report
-from training.run import FOLDER
+from training.run import FOLDER, home_of
 from training.screen import duration
 
 
@@ -20,7 +18,7 @@ def report_on(run: str, to_loss: float | None = None) -> None:
 
     Raises UserError if nothing was logged there.
     """
-    folder = FOLDER / run if (FOLDER / run).is_dir() else Path(run)
+    folder = home_of(run)
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{run}: no run of that name with a metrics.jsonl; see the folders under {FOLDER}/")
     page = write_report(folder)

@@ -26,7 +26,7 @@ from training.heartbeat import Beat, read_beat
 from training.heat import colour, relative_load
 from training.records import MODALITIES, Record, parse_lines, read_json, read_lines
 from training.report import VALIDATION, is_delinked, planned_steps
-from training.run import FOLDER, INCIDENTS, RANKS, read_plan
+from training.run import FOLDER, INCIDENTS, RANKS, home_of, read_plan
 from training.screen import duration, scaled
 
 LOOK_SECONDS = 2.0
@@ -72,7 +72,7 @@ class Seen:
 
 def watch(run: str, once: bool) -> None:
     """Show a run until Ctrl-C, or `once`; and once where there is no terminal. Raises UserError."""
-    folder = FOLDER / run if (FOLDER / run).is_dir() else Path(run)
+    folder = home_of(run)
     if not folder.is_dir():
         raise UserError(f"{run}: no such run; see the folders under {FOLDER}/")
     if not any((folder / name).exists() for name in ("run.json", RANKS)):

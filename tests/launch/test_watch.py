@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from launch.watch import Watcher, bar, fitted, seconds_left, state, view, watch
-from tests.training.fake_run import make_load, make_recipe, make_run, make_samples
+from tests.training.fake_run import make_load, make_recipe, make_run, make_samples, rest_of
 from training.errors import LEFT, MISTAKE, UserError
 from training.files import replace
 from training.heartbeat import Beat
@@ -189,10 +189,6 @@ def test_on_a_terminal_it_lives_until_ctrl_c(run: Path) -> None:
             while phase.encode() not in seen:
                 seen += os.read(keyboard, 65536)
         process.send_signal(signal.SIGINT)
-        try:
-            while piece := os.read(keyboard, 65536):
-                seen += piece
-        except OSError:  # how Linux says that the other side was closed
-            pass
+        seen += rest_of(keyboard)
     os.close(keyboard)
     assert process.returncode == 0 and b"Traceback" not in seen

@@ -1,8 +1,10 @@
 """A believable run's folder, written through the tracker itself: for tests, and for looking at the page."""
 
+import contextlib
 import io
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -81,6 +83,15 @@ def learn(tracker: Tracker, first: int, last: int) -> None:
 
 def written(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def rest_of(terminal: int) -> bytes:
+    """What is shown on a pseudo-terminal until its other side is closed, which Linux tells by an error."""
+    shown = b""
+    with contextlib.suppress(OSError):
+        while piece := os.read(terminal, 65536):
+            shown += piece
+    return shown
 
 
 def picture(colour: str) -> bytes:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.training.fake_run import FACTS, learn, make_recipe, make_record, written
+from tests.training.fake_run import FACTS, learn, make_recipe, make_record, rest_of, written
 from training.records import clean, read_json, read_lines, summarise
 from training.screen import TimeLeft, duration, fact
 from training.tracking import DROPPED, Tracker
@@ -192,12 +192,7 @@ def test_on_a_terminal_there_is_one_live_line_which_an_error_ends(tmp_path: Path
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
         os.close(terminal)
-        shown = b""
-        try:
-            while piece := os.read(keyboard, 65536):
-                shown += piece
-        except OSError:  # how Linux says that the other side was closed
-            pass
+        shown = rest_of(keyboard)
     os.close(keyboard)
     text = shown.decode()
     assert process.returncode == 3
