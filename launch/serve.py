@@ -47,7 +47,7 @@ def serve(
     if token is None and not is_loopback(host):
         way = f"name one by --token-file or {TOKEN}, or leave --host"
         raise UserError(f"--host {host}: others can reach it, so it takes an access token: {way}")
-    listener = _listen(host, port)  # before a model is loaded for nothing
+    listener = listening(host, port)  # before a model is loaded for nothing
     run = chosen(run)
     m = M6.load(run, data=data, max_memory=max_memory)
     abilities = Abilities(m)
@@ -55,19 +55,23 @@ def serve(
     service = Service(m, home_of(run).absolute().name, shelf, limits, abilities)
     _allow_files(limits.connections + SPARE_FILES)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a malformed request is no news
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(service, token, _shown(host)),
-            http=bounded(limits), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
-            proxy_headers=False, timeout_keep_alive=limits.idle, timeout_graceful_shutdown=round(limits.seconds) + 1,
-        )
-    )  # fmt: skip
+    server = server_of(service, token, host)
     # uvicorn ends in order, and then raises the signal again: it has been heeded.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     address = f"http://{_shown(host)}:{listener.getsockname()[1]}/"
     print(f"serving {service.name}, step {m.step}, at {address} (Ctrl-C ends)", file=sys.stderr, flush=True)
     server.run(sockets=[listener])
+
+
+def server_of(service: Service, token: str | None, host: str) -> uvicorn.Server:
+    limits = service.limits
+    config = uvicorn.Config(
+        application(service, token, _shown(host)),
+        http=bounded(limits), ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
+        proxy_headers=False, timeout_keep_alive=limits.idle, timeout_graceful_shutdown=round(limits.seconds) + 1,
+    )  # fmt: skip
+    return uvicorn.Server(config)
 
 
 def read_token(file: Path | None) -> str | None:
@@ -99,7 +103,7 @@ def _shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     """A socket of this address. Raises UserError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -70,10 +70,10 @@ def _operation(one: Address, schemas: dict[Any, Any]) -> dict[str, Any]:
         "responses": {"200": _response(one, schemas), "4XX": _refused(), "5XX": _refused()},
     }
     if one.asked:
-        schema = {"schema": schemas[(one.asked, "validation")]}
-        operation["requestBody"] = {
-            "required": True, "content": {"application/json": schema, "multipart/form-data": schema},
-        }  # fmt: skip
+        as_json = {"schema": schemas[(one.asked, "validation")]}
+        as_form = {"schema": {"$ref": REF.format(model=_form(one.asked.__name__))}}
+        content = {"application/json": as_json, "multipart/form-data": as_form}
+        operation["requestBody"] = {"required": True, "content": content}
     return operation
 
 

@@ -96,6 +96,10 @@ class Shelf:
         named = sorted(path for path in home.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
         self._collections = {path.name: Collection(path, identity) for path in named}
 
+    def close(self) -> None:
+        """Let another server have it."""
+        self._lock.close()
+
     def _clear(self) -> None:
         """What a server left behind that was killed."""
         for path in self.home.glob(".*/"):
