@@ -54,11 +54,13 @@ def serve(
     shelf = Shelf(store, "" if abilities.why_not["search"] else m.identity, limits)
     service = Service(m, home_of(run).absolute().name, shelf, limits, abilities)
     _allow_files(limits.connections + SPARE_FILES)
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a malformed request is no news
+    for name in ("uvicorn.error", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # a malformed request is no news
     server = server_of(service, token, host)
     # uvicorn ends in order, and then raises the signal again: it has been heeded.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    listener.listen()  # from now on nobody is turned away
     address = f"http://{_shown(host)}:{listener.getsockname()[1]}/"
     print(f"serving {service.name}, step {m.step}, at {address} (Ctrl-C ends)", file=sys.stderr, flush=True)
     server.run(sockets=[listener])

@@ -77,6 +77,8 @@ class Guard:
 
     def _check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
         """Raises Refusal."""
+        if sum(len(name) + len(value) for name, value in headers.items()) > self.limits.heads:
+            raise Refusal(431, "head", f"the request's head has more than {self.limits.heads:,} characters")
         host = headers.get("host", "")
         if self.token is None and host and _name(host) not in self.hosts:
             raise Refusal(403, "host", "this server is not called by that name; with a token it may be")

@@ -10,11 +10,11 @@ from typing import TypeVar
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from launch.serving.asked import Asked
 from launch.serving.limits import Limits
-from launch.serving.refusals import Refusal, busy
+from launch.serving.refusals import Refusal, busy, left
 from training.recipe import one_line
 
 A = TypeVar("A", bound=Asked)
@@ -50,6 +50,8 @@ class Intake:
         except TimeoutError:
             slow = f"the request did not come within {self.limits.body:g} seconds"
             raise Refusal(408, "slow", slow, {"connection": "close"}) from None
+        except ClientDisconnect:
+            raise left() from None
 
     async def _understood(self, request: Request, body: bytearray, kind: type[A]) -> A:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()

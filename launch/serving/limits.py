@@ -18,9 +18,10 @@ class Limits:
     clients: int = 256  # requests at once, those still being read among them
     connections: int = 1024
     head: float = 10.0  # until a request's head must have come
-    body: float = 30.0  # and its body
+    body: float = 20.0  # and its body
     sending: float = 60.0  # that a client may leave an answer unread
     idle: int = 15  # that a connection is kept without a request
+    heads: int = 16_384  # characters of a request's head
     bytes: int = 16 * MIB  # of a request
     held: int = 256 * MIB  # of all requests that are being read
     fields: int = 64  # of a form

@@ -26,5 +26,10 @@ def busy() -> Refusal:
     return Refusal(503, "busy", "too many requests wait already: try again soon", {"retry-after": RETRY_AFTER})
 
 
+def left() -> Refusal:
+    """For the books alone: nobody is there to read it."""
+    return Refusal(499, "left", "the client left")
+
+
 def too_late(limits: Limits) -> Refusal:
     return Refusal(504, "late", f"it was not done within {limits.seconds:g} seconds: ask for less, or try again later")

@@ -19,10 +19,12 @@ from launch.serving.intake import Intake
 from launch.serving.limits import Limits
 from launch.serving.metrics import CONTENT_TYPE, Metrics
 from launch.serving.pictures import NoPicture, mask, original, png, seen
-from launch.serving.refusals import Refusal, busy, too_late
+from launch.serving.refusals import Refusal, busy, left, too_late
 from launch.serving.shelf import Collection, Shelf
 from launch.serving.stream import events
+from training.data.tasks.match import match_question
 from training.painting import Region
+from training.prompts import cleaned_text
 from training.trained import M6
 from training.writing import Prompted, prompted
 
@@ -66,6 +68,7 @@ class Service:
     async def match(self, request: Request, said: asked.ForMatch) -> told.Match:
         """How likely a text belongs to a picture."""
         self.abilities.check("match")
+        self.m.prompts.tokens(match_question(cleaned_text(said.text)), fine=True)
         job = self._submit("match", (await self._seen(said.image), said.text))
         return told.Match(probability=await self._answer(request, job))
 
@@ -186,7 +189,7 @@ class Service:
             )
             if job.answer.done():
                 return job.answer.result()
-            raise Refusal(499, "left", "the client left") if leaving.done() else too_late(self.limits)
+            raise left() if leaving.done() else too_late(self.limits)
         finally:
             job.gone = given_up
             leaving.cancel()
