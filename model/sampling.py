@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FEW = (512, 4096)  # likeliest tokens that a nucleus is looked for in first: to sort all of them takes longest
+
 
 def penalise_repetition(logits_WV: Tensor, said_WS: Tensor, penalty: float) -> Tensor:
     """Logits of tokens that were said, divided by `penalty` if positive, else multiplied (CTRL, arXiv 1909.05858)."""
@@ -50,8 +52,7 @@ def lots(count: int, generator: torch.Generator) -> Tensor:
 def drawn(logits_WV: Tensor, top_k: int | None, top_p: float | Tensor, lot_W1: Tensor) -> Tensor:
     """The tokens [W] that lots fall on, as for `draw`; `top_p` may be each line's own, [W, 1], if all are under 1."""
     nucleus = isinstance(top_p, Tensor) or top_p < 1
-    logits_WK, token_WK = _candidates(logits_WV, top_k, sort=nucleus)
-    cumulative_WK = logits_WK.double().softmax(-1).cumsum(-1)
+    token_WK, cumulative_WK = _candidates(logits_WV, top_k, top_p, nucleus)
     before_WK = torch.nn.functional.pad(cumulative_WK[:, :-1], (1, 0))
     kept_W1 = (before_WK < top_p).sum(-1, keepdim=True)
     mass_W1 = cumulative_WK.gather(1, kept_W1 - 1)
@@ -59,9 +60,16 @@ def drawn(logits_WV: Tensor, top_k: int | None, top_p: float | Tensor, lot_W1: T
     return token_WK.gather(1, index_W1.minimum(kept_W1 - 1))[:, 0]
 
 
-def _candidates(logits_WV: Tensor, top_k: int | None, sort: bool) -> tuple[Tensor, Tensor]:
-    """Logits and tokens, the `top_k` likeliest first, or all; not sorted where it is not needed: that takes longest."""
+def _candidates(logits_WV: Tensor, top_k: int | None, top_p: float | Tensor, nucleus: bool) -> tuple[Tensor, Tensor]:
+    """Tokens, the likeliest first if there is a nucleus, and the probability of all up to each, fp64."""
     vocab = logits_WV.shape[1]
-    if top_k is None and not sort:
-        return logits_WV, torch.arange(vocab, device=logits_WV.device).expand_as(logits_WV)
-    return logits_WV.topk(min(top_k or vocab, vocab))
+    if top_k is None and not nucleus:
+        tokens_WV = torch.arange(vocab, device=logits_WV.device).expand_as(logits_WV)
+        return tokens_WV, logits_WV.double().softmax(-1).cumsum(-1)
+    for few in () if top_k else (few for few in FEW if few < vocab):
+        few_WK, token_WK = logits_WV.topk(few)
+        cumulative_WK = (few_WK - logits_WV.logsumexp(-1, keepdim=True)).double().exp().cumsum(-1)
+        if (cumulative_WK[:, -1:] >= top_p).all():
+            return token_WK, cumulative_WK
+    logits_WK, token_WK = logits_WV.topk(min(top_k or vocab, vocab))
+    return token_WK, logits_WK.double().softmax(-1).cumsum(-1)

@@ -23,6 +23,7 @@ from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 
 ROWS = 32  # of a batch
+TOGETHER = 2  # pictures that are described at once: what is between layers then stays in the cache
 
 Whole = str | Path | bytes | Image.Image
 Picture = Whole | np.ndarray  # the last: its patches, as `Prompts.patches` gives them
@@ -61,8 +62,9 @@ class Prompts:
 
     def patches(self, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
         """What the model sees of each, float32 [P, C]."""
-        if self.features and pictures:
-            return list(self.features(list(pictures)).numpy())
+        if self.features:
+            parts = [pictures[start : start + TOGETHER] for start in range(0, len(pictures), TOGETHER)]
+            return [patches for part in parts for patches in self.features([*part]).numpy()]
         return [
             pixel_patches(as_array(augmented(picture, 0, square_side=picture_side(self.shape))), self.shape)
             for picture in pictures

@@ -1,5 +1,6 @@
 """The verb that puts a trained run behind HTTP."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def serve(
 
     SIGTERM or Ctrl-C ends it once what runs is done; a second Ctrl-C at once.
     """
+    # Threads of several tasks share the cores: one that waits must not keep another off. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from launch.serve import STORE
     from launch.serve import serve as start
     from launch.serving.limits import Limits

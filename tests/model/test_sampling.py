@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import sampling
 from model.sampling import draw, penalise_repetition, repeats_ngram
 
 VOCAB = 12
@@ -54,6 +55,16 @@ def test_draws_come_as_often_as_they_are_likely(temperature, top_k, top_p):
     for token in range(VOCAB):
         chance = chances.get(token, 0.0)
         assert abs(int(found[token]) - draws * chance) <= 5 * (draws * chance * (1 - chance)) ** 0.5
+
+
+@pytest.mark.parametrize("peak", [0.0, 0.5, 2.0])
+def test_a_nucleus_is_the_same_wherever_it_is_looked_for(peak, monkeypatch):
+    """Among all tokens or among the likeliest first, however flat or steep the chances are."""
+    logits_WV, tokens = peak * torch.randn(64, 5000, generator=lot()), []
+    for few in ((), (64,), (64, 1024), sampling.FEW):
+        monkeypatch.setattr(sampling, "FEW", few)
+        tokens.append(draw(logits_WV, 1.0, None, 0.9, lot(7)).tolist())
+    assert tokens[1:] == tokens[:1] * 3
 
 
 def test_lines_are_drawn_by_themselves():
