@@ -29,6 +29,7 @@ from training.trained import M6
 STORE = FOLDER / ".served"
 TOKEN = "M6_TOKEN"  # of the environment
 LEAST_TOKEN = 16  # characters
+SWITCH = 0.0005  # s that a computing thread may keep Python from the one that answers, which lets go of it at each call
 SPARE_FILES = 256  # handles beside those of connections
 
 
@@ -57,6 +58,7 @@ def serve(
     for name in ("uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)  # a malformed request is no news
     server = server_of(service, token, host)
+    sys.setswitchinterval(SWITCH)
     # uvicorn ends in order, and then raises the signal again: it has been heeded.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

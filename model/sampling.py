@@ -66,9 +66,10 @@ def _candidates(logits_WV: Tensor, top_k: int | None, top_p: float | Tensor, nuc
     if top_k is None and not nucleus:
         tokens_WV = torch.arange(vocab, device=logits_WV.device).expand_as(logits_WV)
         return tokens_WV, logits_WV.double().softmax(-1).cumsum(-1)
+    whole_W1 = logits_WV.double().logsumexp(-1, keepdim=True)
     for few in () if top_k else (few for few in FEW if few < vocab):
         few_WK, token_WK = logits_WV.topk(few)
-        cumulative_WK = (few_WK - logits_WV.logsumexp(-1, keepdim=True)).double().exp().cumsum(-1)
+        cumulative_WK = (few_WK.double() - whole_W1).exp().cumsum(-1)
         if (cumulative_WK[:, -1:] >= top_p).all():
             return token_WK, cumulative_WK
     logits_WK, token_WK = logits_WV.topk(min(top_k or vocab, vocab))
