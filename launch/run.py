@@ -112,6 +112,8 @@ def launch_node(run: TrainingRun, nodes: Nodes, gpus: int, supervision: Supervis
         lock_run(plan.folder, LOCK_SECONDS if len(nodes.slots) > 1 else 0.0).close()  # told here, not by a rank, late
     if not nodes.here:
         keep_plan(plan, run, nodes.world)
+    if sys.stderr.isatty():
+        print(f"starting {len(nodes.ranks)} rank(s): some 15 seconds to the first sign", file=sys.stderr)
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, len(nodes.ranks), on_gpu=gpus > 0)
     start = partial(start_ranks, run, nodes, gpu_numbers(gpus), environment)
@@ -160,6 +162,10 @@ def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
     folder, data = open_run(run.name, recipe, run.resume, run.allow_change), Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
+    if (drawing := sorted({"draw", "inpaint"} & recipe.tasks.keys())) and recipe.image_tokenizer is None:
+        raise UserError(
+            f"tasks.{drawing[0]}: needs pictures as codes: image_tokenizer=FOLDER names a trained tokenizer"
+        )
     if recipe.delink.wanted:
         resolve(recipe.delinked(), nodes.world, gpus, folder / SWAP)
     config_path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)

@@ -308,6 +308,8 @@ class Training:
 
     def evaluate(self) -> None:
         self.evaluation_due = True
+        if self.tracker:
+            self.tracker.evaluating()
         with self.heartbeat.during("evaluating"):
             losses = self.validation.losses(self.engine)
             samples = self.validation.samples(self.engine)

@@ -102,6 +102,10 @@ class Tracker:
             self._write(summary)
             self._screen.log(step, summary, left)
 
+    def evaluating(self) -> None:
+        """Say so on the terminal: it may take as long as many steps."""
+        self._screen.doing("evaluating")
+
     def routing(self, step: int, load: dict[str, list[list[list[int]]]]) -> None:
         """Keep where the tokens went: `wanted` and `kept` assignments, [layers][image, text][experts]."""
         self._keep("routing.json", {"step": step, **load})
