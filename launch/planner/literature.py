@@ -39,11 +39,11 @@ ARCHITECTURES = {
 TRAININGS: Mapping[str, Mapping[str, str]] = {
     # arXiv 2412.19437, sections 3.2.1 (DualPipe), 3.3 and 4.2 (15,360 rows)
     "deepseekv3": {"global_batch_tokens": "62914560", "precision": "fp8", "notes": "1F1B overlap"},
-    # arXiv 2211.05100, table 3 and section 3.4; micro-batches: bigscience's train/tr11-176B-ml
+    # arXiv 2211.05100, table 3 and section 3.4; micro-batches: bigscience, train/tr11-176B-ml
     "bloom176b": {
         "layers": "70", "hidden": "14336", "ffn": "57344", "heads": "112", "seq": "2048", "vocab": "250880",
         "params_total": "1.76e11", "gpus": "384", "tp": "4", "pp": "12", "dp": "8", "zero": "1", "micro_batch": "2",
-        "global_batch_tokens": "4194304", "notes": "366B tokens",
+        "global_batch_tokens": "4194304", "notes": "366B tokens; 4 Omni-Path/node",
     },
     # arXiv 2407.21783, tables 3 and 4, section 3.3.2 (gradients and optimizer states are sharded)
     "llama3405b": {
