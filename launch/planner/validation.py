@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,19 +212,23 @@ def _fits(row: Row) -> float:
 
 def _node_power(row: Row) -> float:
     """Of a node whose devices multiply all the time, as in a benchmark."""
-    return add_power(Terms(), published.machine(row), 1.0, 1.0).value
+    return add_power(Terms(), published.machine(row), 1.0, 1.0).value / _supply(row)
+
+
+def _supply(row: Row) -> float:
+    """Power at the nodes' supplies over that where the row measured it: at them, or behind them if it says so."""
+    return ALTERNATING_OVER_DIRECT if "DC side" in row["notes"] else 1.0
 
 
 def _joules_per_token(row: Row) -> float:
-    """At the nodes' supplies, or behind them where the row says so; without switches, cooling and losses."""
+    """Of the nodes, without switches and cooling."""
     job, terms, seconds = _step(row)
     machine = published.machine(row)
     busy = job.layout.micro_batches * terms["step.device_work"].value
     watts = add_power(terms, machine, busy, seconds).value * machine.nodes
-    if re.search(r"TDP x", row["notes"], re.IGNORECASE):  # no meter: the devices' rated power
+    if "TDP x" in row["notes"]:  # no meter: the devices' rated power
         watts = machine.device_watts * machine.devices
-    supply = ALTERNATING_OVER_DIRECT if "DC side" in row["notes"] else 1.0
-    return watts / supply * seconds / job.tokens
+    return watts / _supply(row) * seconds / job.tokens
 
 
 def _energy(row: Row) -> float:

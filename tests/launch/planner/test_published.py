@@ -180,6 +180,20 @@ def test_what_fits_is_told_by_where_a_job_keeps_its_states(
     assert predict(named(rows, name) | changes | {"metric": "fits", "unit": "bool", "value": "1"}).predicted == fits
 
 
+def test_power_behind_the_supplies_is_less(rows: Rows) -> None:
+    row = named(rows, "MLP-3")
+    plain, behind = predict(row).predicted, predict(row | {"notes": "same runs, DC side"}).predicted
+    assert plain and behind == pytest.approx(plain / 1.015)
+
+
+def test_energy_by_rated_power_is_that_of_the_devices(rows: Rows) -> None:
+    """As of trainings without a meter."""
+    row = named(rows, "RUN-1")
+    hours = predict(row).predicted
+    energy = row | {"metric": "energy", "unit": "MWh", "notes": row["notes"] + "; energy = TDP x hours"}
+    assert hours and predict(energy).predicted == pytest.approx(hours * 700 / 1e6)
+
+
 def test_a_pipeline_gathers_once_a_step(rows: Rows) -> None:
     row = named(rows, "TT-2t") | LLAMA_70B | {"gpus": "64", "tp": "8", "pp": "4", "dp": "2", "micro_batch": "1"}
 
