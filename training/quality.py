@@ -64,7 +64,9 @@ class Pair:
 
 
 def picture_rows(corpus: Corpus, split: str) -> list[int]:
-    """Numbers of a split's pictures that the figures are of."""
+    """Numbers of a split's pictures that the figures are of: of imported data, all."""
+    if corpus.imported:
+        return corpus.picture_rows(split).tolist()
     return [row for row in corpus.picture_rows(split, style=STYLE).tolist() if corpus.picture(row).group != FLAGS]
 
 
