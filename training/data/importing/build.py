@@ -42,13 +42,17 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @dataclass
 class Summary:
-    """What an import took and left. `trained`: pictures that the base trains on, too. `seconds` is by phase."""
+    """What an import took and left. `seconds` is by phase.
+
+    `trained`: pictures that the base trains on, too; `foreign`: captions without a Chinese character.
+    """
 
     folder: Path
     up_to_date: bool
     manifest: dict[str, Any]
     left: dict[str, Reason]
     trained: int
+    foreign: int
     seconds: dict[str, float]
 
 
@@ -133,9 +137,8 @@ class _Import:
         shutil.copyfile(self.base.feature_network, self.building / corpus.FEATURE_NETWORK)
         files = build.checksums(self.building)
         identity = build.fingerprint(files, f"base {self.base.fingerprint}")
-        summary = Summary(
-            self.to / corpus.FOLDER, False, {}, intake.left, _count(intake.pictures.marks, trained), seconds
-        )
+        seen = _count(intake.pictures.marks, trained)
+        summary = Summary(self.to / corpus.FOLDER, False, {}, intake.left, seen, intake.foreign, seconds)
         if self.present and self._is_present(identity, files):
             summary.up_to_date, summary.manifest = True, self.present.manifest
             return summary

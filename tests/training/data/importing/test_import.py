@@ -97,7 +97,7 @@ def test_all_rows_are_taken_or_left(base, tmp_path):
         {"image": RED, "zh": "红圆", "source": "A"}, {"image": GREEN, "zh": "绿方块", "source": "A", "licence": "MIT"},
         {"image": RED, "zh": "红圆"}, {"image": RED, "zh": "圆"}, {"image": RED[:99], "zh": "坏"}, {"zh": "无"},
         {"image": "../x.png", "zh": "外"}, {"image": GREEN, "zh": ""}, {"image": GREEN, "zh": "\u202e"},
-        {"text": "一"}, {"text": "一。"},
+        {"text": "一"}, {"text": "一。"}, {"image": RED, "zh": "a circle"},
     ]  # fmt: skip
     first = lines(tmp_path / "shop" / "rows.jsonl", rows)
     second = tar(tmp_path / "t.tar", [("a.png", GREEN), ("a.txt", "绿".encode()), ("b.png", GREEN), ("c.txt", b"c")])
@@ -105,7 +105,7 @@ def test_all_rows_are_taken_or_left(base, tmp_path):
     built = Corpus.open(tmp_path / "to")
     left = skipped(tmp_path / "to")
     ids = [*built.pictures["id"], *built.texts["id"], *(entry["item"] for entry in left)]
-    assert sorted(ids) == sorted([f"rows.jsonl:{n}" for n in range(1, 12)] + [f"t.tar/{key}" for key in "abc"])
+    assert sorted(ids) == sorted([f"rows.jsonl:{n}" for n in range(1, 13)] + [f"t.tar/{key}" for key in "abc"])
     assert {name: (reason.rows, reason.examples) for name, reason in summary.left.items()} == {
         "a copy of a row before": (2, ["rows.jsonl:3 (rows.jsonl:1)", "rows.jsonl:11 (rows.jsonl:10)"]),
         "no picture that can be taken": (1, summary.left["no picture that can be taken"].examples),
@@ -113,8 +113,9 @@ def test_all_rows_are_taken_or_left(base, tmp_path):
         "a path out of the source's folder": (1, ["rows.jsonl:7 (../x.png)"]),
         "no caption": (3, ["rows.jsonl:8", "rows.jsonl:9", "t.tar/b"]),
     }
+    assert summary.foreign == 1
     assert built.manifest["skipped"] == {"rows.jsonl": 7, "t.tar": 2}
-    assert built.manifest["pictures"] == {"A": {"train": 2}, "rows.jsonl": {"train": 1}, "t.tar": {"train": 1}}
+    assert built.manifest["pictures"] == {"A": {"train": 2}, "rows.jsonl": {"train": 2}, "t.tar": {"train": 1}}
     assert built.manifest["texts"] == {"rows.jsonl": {"train": 1}}
     licences = {name: source["licence"] for name, source in built.manifest["sources"].items()}
     assert licences == {"A": "MIT; not stated", "rows.jsonl": "not stated", "t.tar": "not stated"}
