@@ -33,7 +33,7 @@ def adapted(y_BO: Tensor, x_BI: Tensor, a_RI: Tensor, b_OR: Tensor) -> Tensor:
 
 
 def merge(values: Tensor, first: int, shape: Sequence[int], rank: int, a: Read, b: Read) -> None:
-    """Add their adapter's share to elements [first, first + n) of a flat weight of `shape`: fp32 `values` [n], in place.
+    """Add the adapter's share to elements [first, first + n) of a flat weight of `shape`: fp32 `values` [n], in place.
 
     Of A and B no more is read than the matrices and rows that are touched.
     """

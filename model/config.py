@@ -5,7 +5,6 @@ Imports no torch, so that planning and recipe checks start in an instant.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -77,6 +76,8 @@ class ModelConfig:
             raise ValueError(f"experts={self.experts} is not divisible into k={self.k} prototypes")
         if not 0 < self.capacity_factor <= MOST_CAPACITY:
             raise ValueError(f"capacity_factor={self.capacity_factor}: must be over 0 and at most {MOST_CAPACITY:,}")
+        if self.adapter_rank >= min(self.hidden, self.ffn):
+            raise ValueError(f"adapter_rank={self.adapter_rank}: must be less than hidden and ffn, or it is not low")
         if self.init_std > 1:
             raise ValueError(f"init_std={self.init_std}: must be at most 1")
 
@@ -129,7 +130,7 @@ class ModelConfig:
     def training_flops(
         self, tokens: int, targets: int, assignments: int | None = None, trained: Collection[str] = WHOLE
     ) -> int:
-        """FLOPs of forward + backward through the active matrices: 2 + 4 a parameter and position, 2 + 2 if it is frozen.
+        """FLOPs of forward + backward through the active matrices: 2 + 4 a parameter and position, 2 + 2 if frozen.
 
         `tokens`: positions through the trunk; `targets`: positions through the vocabulary head; `assignments`:
         rows through experts over all layers, as counted, or None for as many as the capacity mode lets through;

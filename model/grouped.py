@@ -1,8 +1,8 @@
 """Many experts at once: rows sorted by expert, each block of rows through its own expert's two matrices.
 
 Shape suffixes: E experts, R rows of all blocks, B rows of one block, D hidden size, F feed-forward size, I columns of
-the first matrix: F, or 2 F where a gate stands beside its input; of either matrix, I inputs, O outputs, r the rank of an
-adapter.
+the first matrix: F, or 2 F where a gate stands beside its input; of either matrix, I inputs, O outputs, r the rank of
+an adapter.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def all_experts_at_once(
 class _ExpertByExpert(torch.autograd.Function):
     """`expert_mlp` on CPU: all of one expert's work before the next, so that its rows stay in the cache.
 
-    Blocks are not padded to the largest, and each weight's gradient is written once, where it belongs, or not at all for
-    a frozen one: indexing weights before autograd's eyes would write a gradient of all experts for each of them.
+    Blocks are not padded to the largest, and each weight's gradient is written once, where it belongs, and a frozen
+    one's not at all: indexing weights before autograd's eyes would write a gradient of all experts for each of them.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Which part of the model a parameter belongs to, by its name; some parts may be all that is trained. Imports no torch."""
+"""Which part of the model a parameter belongs to, by its name: some may be all that is trained. Imports no torch."""
 
 from __future__ import annotations
 

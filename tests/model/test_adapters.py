@@ -1,4 +1,4 @@
-"""An adapted model is the dense one with W + SCALE · A·B in the place of W: what it says, its gradients, its files' slices."""
+"""An adapted model is the dense one with W + SCALE · A·B in the place of W: in what it says, and in its gradients."""
 
 import dataclasses
 

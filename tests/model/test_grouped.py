@@ -42,7 +42,7 @@ def one_at_a_time(
     sizes: list[int],
     adapters: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The reference: autograd through plain products, of adapted experts with the adapters' products in their weights."""
+    """The reference: autograd through plain products, with those of the adapters in the weights beside them."""
     if adapters:
         a1, up1, a2, up2 = adapters
         w1, w2 = w1 + SCALE * a1 @ up1, w2 + SCALE * a2 @ up2
