@@ -71,7 +71,6 @@ def test_damaged_corpus_is_built_anew_after_an_interruption(data_dir):
     (built.folder / "tokenizer.model").write_bytes(b"damage")
     # What a killed fetch may leave behind.
     (data_dir / "corpus.partial" / "pictures").mkdir(parents=True)
-    (data_dir / "corpus.replaced").mkdir()
     again = fetch.fetch(data_dir)
     assert not again.up_to_date and again.manifest["fingerprint"] == fingerprint
     assert sorted(path.name for path in data_dir.iterdir()) == [".lock", "bin", "corpus", "downloads"]
