@@ -137,8 +137,9 @@ def test_8_bit_states_are_of_what_is_trained_alone(sample_corpus: Corpus, parent
     changed = {part_of(key) for key in after if key.endswith(".master") and before[key] != after[key]}
     assert changed == {ADAPTERS, "norms"}
     assert {part_of(key) for key in after if not key.endswith(".master")} == changed
-    for result in compact:
-        assert result["bytes"] == result["said"]
+    for result in compact:  # blocks' tops are in none of the plan's 7 bytes
+        held, said = (result[name]["cpu"]["optimizer"] for name in ("bytes", "said"))
+        assert held == pytest.approx(said, rel=0.01)
     (tmp_path / "again" / "checkpoints").mkdir(parents=True)
     kept = tmp_path / "checkpoints" / f"step-{STEP}"
     (tmp_path / "again" / "checkpoints" / kept.name).symlink_to(kept)
