@@ -13,7 +13,7 @@ from rich.table import Table
 
 from launch.use import chosen
 from training import quality, samples
-from training.before_after import KINDS, Before, compare, on_pictures
+from training.before_after import KINDS, Before, compare
 from training.data.corpus import Corpus
 from training.errors import UserError
 from training.evaluation import FOLDER, OF_FILES, Figures, Samples, tables, write_evaluation
@@ -41,13 +41,15 @@ def evaluate(
         place = data or (Path(m.recipe.data) if m.recipe else Path("data"))
         before = _before(m, place)
         if pairs or texts:
-            found, samples = _of_files(m, before, pairs, texts)
+            own = quality.read_pairs(pairs) if pairs else []
+            found, samples = _of_files(m, own, texts)
         else:
             corpus = Corpus.open(place)
-            found, samples = _of_corpus(m, corpus, split, place, status.update)
+            own = [quality.pair_of(corpus.picture(row)) for row in quality.picture_rows(corpus, split)]
+            found, samples = _of_corpus(m, corpus, split, own, place, status.update)
             figures["split"] = split
-            if before:
-                figures["before_after"] = compare(m, before, corpus, split, status.update)
+        if before and own:
+            figures["before_after"] = compare(m, before, Corpus.open(place), split, own, status.update)
     figures = quality.finite(figures | found)
     folder = home / (OF_FILES if pairs or texts else FOLDER)
     try:
@@ -74,28 +76,26 @@ def _before(m: M6, place: Path) -> Before | None:
         return None
 
 
-def _of_files(m: M6, before: Before | None, pairs: Path | None, texts: Path | None) -> tuple[Figures, Samples]:
+def _of_files(m: M6, pairs: list[quality.Pair], texts: Path | None) -> tuple[Figures, Samples]:
     figures: Figures = {}
     shown = Samples()
     if pairs:
-        read = quality.read_pairs(pairs)
-        figures["retrieval"], _ = quality.measure_retrieval(quality.similarities(m, read), read)
-        figures["caption"] = quality.measure_captions(m, read)
-        if before:
-            figures["before_after"] = {"checkpoint": before.checkpoint, "files": on_pictures(m, before.model, read)}
-        sayings, count = samples.captions(read, _said(figures))
-        shown = Samples(sayings=sayings, counts={"caption": count}, searches=samples.searches(m, read))
+        figures["retrieval"], _ = quality.measure_retrieval(quality.similarities(m, pairs), pairs)
+        figures["caption"] = quality.measure_captions(m, pairs)
+        sayings, count = samples.captions(pairs, _said(figures))
+        shown = Samples(sayings=sayings, counts={"caption": count}, searches=samples.searches(m, pairs))
     if texts:
         figures["text"] = quality.measure_texts(m, quality.read_texts(texts))
     return figures, shown
 
 
-def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell) -> tuple[Figures, Samples]:
+def _of_corpus(
+    m: M6, corpus: Corpus, split: str, pairs: list[quality.Pair], home: Path, tell: quality.Tell
+) -> tuple[Figures, Samples]:
     rows = quality.picture_rows(corpus, split)
     if not rows:
         what = "pictures" if corpus.imported else f"pictures of style {quality.STYLE}"
         raise UserError(f"--split {split}: {corpus.folder} has no {what} in it")
-    pairs = [quality.pair_of(corpus.picture(row)) for row in rows]
     figures: Figures = {}
     shown: dict[str, Any] = {"sayings": [], "counts": {}}
     if m.recipe and m.recipe.image_tokenizer and {"draw", "inpaint"} & m.recipe.tasks.keys():

@@ -172,7 +172,7 @@ def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
     recipe = run.load()
     if recipe.start and not run.resume:
-        Parent.of(recipe)
+        Parent.to_begin(recipe)
     if run.data is not None:
         recipe = recipe.model_copy(update={"data": str(run.data)})
     folder, data = open_run(run.name, recipe, run.resume, run.allow_change), Path(recipe.data)

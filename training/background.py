@@ -86,13 +86,15 @@ def background_of(path: Path, manifest: Mapping[str, Any], recipe: Recipe, corpu
     return Background.of(own, recipe.model_shape())
 
 
-def background_after(parent: Parent, recipe: Recipe, corpus: Corpus) -> Background | None:
-    """What a run finds by that starts from a parent; None if neither learns to find.
+def background_for(folder: Path, parent: Parent | None, recipe: Recipe, corpus: Corpus) -> Background | None:
+    """What a training in the run's folder goes by that begins with a parent, or that (None) began with one before.
 
-    Raises UserError if the parent's data is not there.
+    None where neither learns to find. Raises UserError if what it takes is no longer there.
     """
-    if "contrast" not in recipe.learned:
+    if not (recipe.start and "contrast" in recipe.learned):
         return None
+    if parent is None:
+        return Background.read(folder / BACKGROUND)
     own = Background.of(corpus, recipe.model_shape()) if len(corpus.picture_rows("train")) else None
     if "contrast" not in parent.recipe.learned:
         return own

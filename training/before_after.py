@@ -66,19 +66,19 @@ class Seen:
         return cls(recalls, captions)
 
 
-def compare(m: M6, before: Before, corpus: Corpus, split: str, tell: Tell) -> Report:
-    """On the split of a corpus, and as `elsewhere` on that of the parent's, if it is another and still there."""
-    tell("before and after: the run's own data")
-    found: Report = {"checkpoint": before.checkpoint, "own": on_pictures(m, before.model, _pairs(corpus, split))}
+def compare(m: M6, before: Before, corpus: Corpus, split: str, own: Sequence[Pair], tell: Tell) -> Report:
+    """On `own` pictures, and as `elsewhere` on the split of what the parent had learned from, if it is still there.
+
+    `corpus`: that of the own pictures; what the parent had learned from may be the same.
+    """
+    tell("before and after: own pictures")
+    found: Report = {"checkpoint": before.checkpoint, "own": on_pictures(m, before.model, own)}
     if before.own and before.own.fingerprint != corpus.fingerprint:
         tell("before and after: what its parent had learned from")
-        elsewhere = on_pictures(m, before.model, _pairs(before.own, split))
-        found["elsewhere"] = elsewhere | on_texts(m, before.model, before.own, split)
+        rows = quality.picture_rows(before.own, split)
+        pairs = [quality.pair_of(before.own.picture(row)) for row in rows]
+        found["elsewhere"] = on_pictures(m, before.model, pairs) | on_texts(m, before.model, before.own, split)
     return found
-
-
-def _pairs(corpus: Corpus, split: str) -> list[Pair]:
-    return [quality.pair_of(corpus.picture(row)) for row in quality.picture_rows(corpus, split)]
 
 
 def on_pictures(after: M6, before: M6, pairs: Sequence[Pair]) -> Report:

@@ -181,8 +181,7 @@ MEASURES = {  # of what fine-tuning changed: names, and digits
 def _before_after(found: Figures) -> Iterator[Table]:
     """Of a fine-tuned run: on its own data, and what it forgot elsewhere."""
     where = {
-        "own": ("on its own held-out pictures", "Larger is better."),
-        "files": ("on files of one's own", "Larger is better."),
+        "own": ("on what is measured here", "Larger is better."),
         "elsewhere": ("where its parent had learned", "What it forgot. Larger is better, but of bits, smaller."),
     }
     for part, (title, note) in where.items():

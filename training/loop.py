@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from model.parts import WHOLE
 from training import checkpoint, checkpoint_files, ds_config, states
-from training.background import Background, background_after
+from training.background import background_for
 from training.data.batches import Collator, StepBatches
 from training.data.order import GlobalOrder, training_order
 from training.delink import Plateau, is_delinked
@@ -86,10 +85,13 @@ class Training:
         check_alike(self.config.values)
         if recipe.delink.wanted:
             self._check_later(recipe.delinked(), world)
-        parent = Parent.of(recipe) if recipe.start and not found else None
+        parent = Parent.to_begin(recipe) if recipe.start and not found else None
         checkpoint.on_first_rank(lambda: open_corpus(recipe, self.config.model))  # which may have codes to make
         self.corpus = open_corpus(recipe, self.config.model)
-        background = self._background(parent)
+        if parent:
+            check_usable(self.corpus, parent.path, parent.manifest, parent.recipe)
+        background = background_for(self.folder, parent, recipe, self.corpus)
+        self.corpus.rarity = background.rarity if background else None
         collate = Collator(self.corpus, self.config.model, recipe.block)
         order = training_order(self.corpus, recipe)
         self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
@@ -135,26 +137,14 @@ class Training:
             rest = f"{left:,} steps are left" if left else "nothing is left to do, unless steps is raised"
             self._tell("resumed", f"{rest}, from {found.path}")
         if parent:
-            trained, whole = (self.config.model.parameter_counts().of(parts) for parts in (self.config.trained, WHOLE))
-            self._tell("begun", f"from {parent.path}; {trained:,} of {whole:,} parameters are trained")
+            counts = self.config.model.parameter_counts()
+            trained = f"{counts.of(self.config.trained):,} of {counts.total:,} parameters are trained"
+            self._tell("begun", f"with the weights of {parent.path}; {trained}")
         if before or (self._is_delinked(found) and self.tracker and not self.tracker.has_told("delinked")):
             self._tell("delinked", f"each of {self.config.model.layers} layers has its own weights from now on")
         self.stop.begin()
         self.engine.before_batch = self._before_batch
         self.heartbeat.begin(self.step)
-
-    def _background(self, parent: Parent | None) -> Background | None:
-        """What a fine-tuned run finds by, with the rarity of words that it learns by, as it was when it began."""
-        if not self.recipe.start:
-            return None
-        if parent:
-            check_usable(self.corpus, parent.path, parent.manifest, parent.recipe)
-            background = background_after(parent, self.recipe, self.corpus)
-        else:
-            place = self.folder / BACKGROUND
-            background = Background.read(place) if "contrast" in self.recipe.learned else None
-        self.corpus.rarity = background.rarity if background else None
-        return background
 
     def _hold(self) -> None:
         """Make the folder this run's own, and tell there how far it is."""

@@ -43,14 +43,18 @@ class Parent:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Parent:
-        """That of a recipe with a start. Raises UserError if it is no longer what it was, or of another shape."""
+        """That of a recipe with a start. Raises UserError if it is no longer what it was."""
         assert recipe.start
         parent = cls.at(Path(recipe.start.checkpoint))
         if parent.start.digest != recipe.start.digest:
-            raise UserError(
-                f"{parent.path}: it is not the checkpoint that this run starts from; begin a new one by --from"
-            )
-        check_shape(parent, recipe.model_shape())
+            raise UserError(f"{parent.path}: it is not the checkpoint that this run starts from; begin one by --from")
+        return parent
+
+    @classmethod
+    def to_begin(cls, recipe: Recipe) -> Parent:
+        """That of a recipe with whose weights training is to begin. Raises UserError if they do not fit it."""
+        parent = cls.of(recipe)
+        _check_shape(parent, recipe.model_shape())
         return parent
 
     @property
@@ -91,7 +95,7 @@ def settle(path: Path, overrides: Sequence[str], resumed: Path | None = None) ->
     return (*(override for override in overrides if not override.startswith(GIVEN)), f"{GIVEN}{place}")
 
 
-def check_shape(parent: Parent, shape: ModelConfig) -> None:
+def _check_shape(parent: Parent, shape: ModelConfig) -> None:
     """Raise UserError unless the parent's weights fit a model of this shape."""
     wanted, found = dataclasses.asdict(parent.recipe.model_shape()), dataclasses.asdict(shape)
     for name, before in wanted.items():

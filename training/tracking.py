@@ -111,8 +111,8 @@ class Tracker:
         """Record validation losses, as `loss/validation/<task>`, on a line of their own."""
         self._time_left.evaluated()
         self._write({"step": step, **losses})
-        shown = (f"{key.removeprefix('loss/validation/')} {value:.3f}" for key, value in losses.items())
-        self._screen.say(f"step {step}: validation loss {', '.join(shown)}")
+        shown = [f"{key.removeprefix('loss/validation/')} {value:.3f}" for key, value in losses.items()]
+        self._screen.say(f"step {step}: validation loss {', '.join(shown) or 'unknown: nothing is held out'}")
         self._pages.evaluated(step)
 
     def samples(self, step: int, samples: list[Sample]) -> None:
