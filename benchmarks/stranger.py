@@ -26,7 +26,7 @@ from training.data.corpus import Corpus
 from training.data.order import shuffled
 from training.data.rows import Picture
 from training.errors import UserError
-from training.rivals.ridge import FLAGS
+from training.rivals.ridge import nameable_rows
 
 COLUMNS = ("zh", "en", "tags", "group", "subgroup", "style", "family", "source", "licence", "mirrorable")
 SEED = 0
@@ -53,10 +53,9 @@ def main() -> None:
 def chosen(corpus: Corpus, splits: list[str], count: int | None) -> list[Picture]:
     """The pictures of whole families of these splits, at least `count` of them, if there are as many."""
     families: dict[str, list[Picture]] = {}
-    for row in (int(row) for split in splits for row in corpus.picture_rows(split)):
+    for row in (row for split in splits for row in nameable_rows(corpus, split)):
         picture = corpus.picture(row)
-        if picture.group != FLAGS:
-            families.setdefault(picture.family, []).append(picture)
+        families.setdefault(picture.family, []).append(picture)
     names, pictures = sorted(families), list[Picture]()
     for place in range(len(names)):
         if count is not None and len(pictures) >= count:

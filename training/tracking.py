@@ -111,8 +111,11 @@ class Tracker:
         """Record validation losses, as `loss/validation/<task>`, on a line of their own."""
         self._time_left.evaluated()
         self._write({"step": step, **losses})
-        shown = [f"{key.removeprefix('loss/validation/')} {value:.3f}" for key, value in losses.items()]
-        self._screen.say(f"step {step}: validation loss {', '.join(shown) or 'unknown: nothing is held out'}")
+        shown = {key.removeprefix("loss/validation/"): f"{value:.3f}" for key, value in losses.items()}
+        told = [f"validation loss {', '.join(f'{task} {loss}' for task, loss in shown.items())}"] if shown else []
+        if lacking := ", ".join(sorted(self._recipe.tasks.keys() - shown.keys())):
+            told.append(f"the corpus has nothing in its validation split for {lacking}")
+        self._screen.say(f"step {step}: {'; '.join(told)}")
         self._pages.evaluated(step)
 
     def samples(self, step: int, samples: list[Sample]) -> None:

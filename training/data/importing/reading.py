@@ -76,11 +76,10 @@ class Reader:
             for name, usual in FIELDS.items()
         }
         has = {name for name, names in self.columns.items() if not set(names).isdisjoint(columns)}
-        told = f"{source.path}: no column of {{}} (it has {', '.join(map(plain, columns)) or 'none'}); name it by {{}}"
-        if not has & {"image", "text"}:
-            raise UserError(told.format("pictures or texts", "--image or --text"))
-        if not has & {"zh", "text"}:
-            raise UserError(told.format("captions", "--zh"))
+        for needed, what, way in (("image", "pictures or texts", "--image or --text"), ("zh", "captions", "--zh")):
+            if not has & {needed, "text"}:
+                names = ", ".join(map(plain, columns)) or "none"
+                raise UserError(f"{source.path}: no column of {what} (it has {names}); name it by {way}")
 
     def __call__(self, found: Found) -> Taken | Left:
         try:
