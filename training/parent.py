@@ -21,6 +21,7 @@ from training.run import RECIPE, checkpoints_of, chosen_checkpoints, home_of
 INHERITED = ("model", "text_positions", "image_tokenizer")  # unless the recipe says otherwise
 OF_TRAINING = ("balance_loss", "z_loss", "adapter_rank")  # fields of the model that its weights do not depend on
 GIVEN = "start="
+EXPORTED = "config.json"  # is in exports alone
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def _given(values: Mapping[str, Any], overrides: Sequence[str]) -> str | None:
 
 def _checkpoint(given: str) -> Path:
     """The newest of a run. Raises UserError."""
+    if (Path(given) / EXPORTED).is_file():
+        raise UserError(f"{given}: an export does not say what its model has learned; fine-tune the run that it is of")
     return chosen_checkpoints(checkpoints_of(given))[-1]
 
 

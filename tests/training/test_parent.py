@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 import yaml
 from click.testing import CliRunner
@@ -62,6 +63,8 @@ def home(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Pat
         update={"tasks": dict.fromkeys(TASK_NAMES, 1.0), "text_positions": 64}
     )
     make_checkpoints(home / "runs" / "parent" / "checkpoints", recipe, sample_corpus, 3, 5)
+    (home / "runs" / "export").mkdir()
+    (home / "runs" / "export" / "config.json").write_text("{}")
     source = write_rows(sample_corpus, range(60), home / "source")
     import_corpus([source], home / "shop", sample_corpus.folder.parent, Settings(split_by="family", held_out=0.6))
     return home
@@ -104,6 +107,8 @@ def refusal(*overrides: str) -> str:
         ((), f"{RECIPE}: model is missing; say by --from whose is to be fine-tuned, or name one"),
         (("start=nobody",), "nobody: no such run; see the folders under runs/"),
         (("start=shop",), "shop: no checkpoints there"),
+        (("start=runs/export",),
+         "runs/export: an export does not say what its model has learned; fine-tune the run that it is of"),
         (("start=parent", "model.layers=2"),
          f"model.layers=2: it is 3 in {PARENT}, and fine-tuning keeps the model: leave it out"),
         (("start=parent", "model.adapter_rank=2"),
@@ -213,6 +218,8 @@ def test_a_fine_tuned_run_goes_on_without_its_parent_and_is_measured_beside_it(
     assert settings["start"] == Parent.at(Path(PARENT)).start.model_dump() and settings["data"] == "shop"
     m, parent = M6.load("tuned"), M6.load("parent")
     assert m.shape == parent.shape and m.learned("poem")
+    assert torch.equal(m.network.vocabulary.weight, parent.network.vocabulary.weight)
+    assert not torch.equal(m.network.bags.words.weight, parent.network.bags.words.weight)
     known = m.background.rarity
     assert {**known, **parent.background.rarity} == known and len(m.background.patches_NPC) > 1
 
