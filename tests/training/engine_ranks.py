@@ -203,6 +203,8 @@ def fine_tune(
     started = Parent.at(parent)
     inherited = {"model": started.recipe.model, "start": started.start.model_dump(), "data": str(data)}
     rank = Rank(data, folder / "swap", ds, inherited | changes)
+    if rank.config.placement.parameters.coldest == "nvme":
+        assert any(p.ds_tensor.final_location == "nvme" for p in rank.engine.model.parameters() if not p.requires_grad)
     if found := checkpoint.newest(folder / "checkpoints"):
         checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
         first = found.manifest["step"]
