@@ -27,7 +27,7 @@ from model.image_tokens import ImageTokenizer
 from model.m6 import M6 as Network
 from model.mask_predict import Filled, MaskPredict, fill_grid
 from model.trie import Trie
-from training.background import Background
+from training.background import Background, background_of
 from training.canvas import Canvas, region_of
 from training.data.batches import Batch, Batcher, picture_side, pixel_patches
 from training.data.corpus import FEATURE_NETWORK, TOKENIZER, Corpus
@@ -42,10 +42,11 @@ from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
 from training.embedding import Embeddings, standard_scores
 from training.errors import UserError
-from training.export import BACKGROUND, CONFIG, load_checkpoint, load_exported, read_description
+from training.export import CONFIG, load_checkpoint, load_exported, read_description
 from training.image_folder import load_image_tokenizer
+from training.own_data import check_usable
 from training.recipe import Recipe
-from training.run import checkpoints_of, chosen_checkpoints
+from training.run import BACKGROUND, checkpoints_of, chosen_checkpoints
 
 ASK = {"zh": ASK_NAME, "en": ASK_ENGLISH, "tags": ASK_TAGS}
 ROWS = 32  # of a batch
@@ -127,8 +128,9 @@ class M6:
     def load(cls, run: str | Path, step: int | None = None, data: str | Path | None = None) -> M6:
         """From a run (a name under runs/, or its folder), one of its checkpoints' folders, or an export.
 
-        `step`: the checkpoint of this step, else the newest; `data`: the corpus' home, for its tokenizer and feature
-        network, else that of the run's recipe. Raises UserError.
+        `step`: the checkpoint of this step, else the newest; `data`: the home of a corpus, for its tokenizer and
+        feature network, which must be those of the run's own; else that of the run's recipe. Adapters are merged.
+        Raises UserError.
         """
         folder = Path(run)
         if (folder / CONFIG).is_file():
@@ -136,10 +138,9 @@ class M6:
         place = chosen_checkpoints(checkpoints_of(run), step)[-1]
         network, recipe, manifest = load_checkpoint(place)
         corpus = Corpus.open(data or recipe.data)
-        if corpus.fingerprint != manifest["data"] or corpus.tokenizer.sha256 != manifest["tokenizer"]:
-            raise UserError(f"{place}: it was trained on other data than {corpus.folder}; give its own with --data")
+        check_usable(corpus, place, manifest, recipe)
         features = PatchFeatures(corpus.feature_network) if recipe.model_shape().image_input == "features" else None
-        background = partial(Background.of, corpus, network.config)
+        background = partial(background_of, place, manifest, recipe, corpus)
         return cls(network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe, background)
 
     @classmethod
@@ -473,7 +474,7 @@ class M6:
 
     def learned(self, task: str) -> bool:
         """Whether it is known to have been trained on a task, or may have been: an export does not say."""
-        return self.recipe is None or task in self.recipe.tasks
+        return self.recipe is None or task in self.recipe.learned
 
     def _needs(self, task: str) -> None:
         if not self.learned(task):

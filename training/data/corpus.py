@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ class Corpus:
             raise UserError(f"{folder}: damaged; {_remedy(manifest)}") from None
         self.tokenizer = Tokenizer(folder / TOKENIZER)
         self.codes: np.ndarray | None = None  # [pictures, K, P], if an image tokenizer's are used
+        self.rarity: Mapping[int, float] | None = None  # of words, if they were not first met in this corpus' captions
 
     @classmethod
     def open(cls, data_dir: Path | str) -> "Corpus":
@@ -73,6 +75,10 @@ class Corpus:
     def feature_network(self) -> Path:
         """The file that `features.PatchFeatures` opens to see new images as the corpus' own were seen."""
         return self.folder / FEATURE_NETWORK
+
+    @property
+    def feature_network_sha256(self) -> str:
+        return self.manifest["files"][FEATURE_NETWORK]["sha256"]
 
     def verify(self) -> None:
         """Check every file against its SHA-256; raises UserError that names the first that differs."""
