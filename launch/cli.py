@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import click
 
-from launch.commands import checkpoints, data, plan, train, use
+from launch.commands import checkpoints, data, plan, serve, train, use
 from training.errors import UserError
 
 
@@ -24,6 +24,7 @@ VERBS: tuple[click.Command, ...] = (
     *(train.train, train.image_tokenizer, train.watch, train.report),
     *(checkpoints.verify, checkpoints.export, checkpoints.delink),
     *(use.caption, use.ask, use.write, use.draw, use.edit, use.search, use.evaluate),
+    serve.serve,
     *(plan.models, plan.doctor, plan.plan, plan.rehearse),
 )
 for verb in VERBS:

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from training.errors import UserError
+from training.painting import Hand
 from training.run import CHECKPOINTS, FOLDER
 from training.search import Index, contact_sheet
-from training.trained import M6, Hand, Style
+from training.trained import M6
+from training.writing import Style
 
 DRAWN = 256  # px a side of a drawing's file at the least
 

@@ -5,6 +5,7 @@ Shape suffixes: B rows, H heads, K columns of the cache, N new columns, d head s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +52,27 @@ class Cache:
         return cls(
             torch.empty(shape, dtype=dtype, device=valid_BN.device), seen_BK, length_B.clone(), valid_BN.shape[1]
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Cache], room: int) -> Cache:
+        """The rows of all parts side by side, with room for `room` tokens more of each.
+
+        What they have read ends at one column; columns of which nobody sees anything are left out. Not for `reorder`.
+        """
+        first = [int(part.seen_BK[:, : part.filled].any(0).int().argmax()) for part in parts]
+        width = max(part.filled - start for part, start in zip(parts, first, strict=True))
+        (layers, two, _, heads, _, size), like = parts[0].kv_L2BHKd.shape, parts[0].kv_L2BHKd
+        rows = sum(len(part.length_B) for part in parts)
+        # Zeros where a shorter part has nothing: what is not seen weighs nothing, but must be finite.
+        kv_L2BHKd = like.new_zeros(layers, two, rows, heads, width + room, size)
+        seen_BK = F.pad(parts[0].seen_BK.new_zeros(rows, width), (0, room), value=True)
+        row = 0
+        for part, start in zip(parts, first, strict=True):
+            own, columns = slice(row, row + len(part.length_B)), slice(width - part.filled + start, width)
+            kv_L2BHKd[:, :, own, :, columns] = part.kv_L2BHKd[:, :, :, :, start : part.filled]
+            seen_BK[own, columns] = part.seen_BK[:, start : part.filled]
+            row = own.stop
+        return cls(kv_L2BHKd, seen_BK, torch.cat([part.length_B for part in parts]), width, width)
 
     def layer(self, number: int) -> LayerCache:
         return LayerCache(self.kv_L2BHKd[number], self.filled)

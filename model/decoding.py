@@ -100,13 +100,15 @@ def generate(
     generator: torch.Generator | None = None,
     on_token: Callable[[int, int], None] | None = None,
     called_BV: Tensor | None = None,
+    between: Callable[[], object] = lambda: None,
 ) -> list[list[Answer]]:
     """Answers to each row of a batch (see `M6.hidden_states`), best first, with a cache of keys and values.
 
     `trie`: the only answers there are. `twin`: the same rows without what shall weigh more, for classifier-free
     guidance (arXiv 2207.12598): logits = twin's + guidance * (batch's - twin's). `generator`: what lots are drawn from.
     `on_token` is told (row, token) as soon as it is said, where a row has one line. `called_BV`: what is added to the
-    logits of each row, of the settings' vocabulary; a token that was said is no longer called for.
+    logits of each row, of the settings' vocabulary; a token that was said is no longer called for. `between` is called
+    before each token but the first: what it raises ends the work.
 
     A score counts what the model gives to the settings' vocabulary after guidance, calls and penalty, before
     temperature, top_k, top_p and trie. Of beams some may find no answer of their own, where a trie has few. Sets the
@@ -126,6 +128,7 @@ def generate(
                 on_token(row, int(token_W[row]))
         if last == 1 or not lines.going_W.any():
             break
+        between()
         logits_WV = reader.read(from_W, token_W)
     return lines.answers()
 

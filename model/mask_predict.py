@@ -17,7 +17,7 @@ vocabulary that may be said, h rows and w columns of a grid of codes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,11 +69,13 @@ def fill(
     settings: MaskPredict,
     generator: torch.Generator,
     twin: Batch | None = None,
+    between: Callable[[], object] = lambda: None,
 ) -> Filled:
     """Fill the masks of a batch's source (see `M6.hidden_states`): tokens_BT, of which all others stay as they are.
 
     `twin`: the same rows, with masks at the same places, without what shall weigh more, as for
-    `model.decoding.generate`. Sets the model to evaluation. Stops when nothing is masked any more, so ranks of an
+    `model.decoding.generate`. `between` is called before each pass: what it raises ends the work. Sets the model to
+    evaluation. Stops when nothing is masked any more, so ranks of an
     expert-parallel model must have as many masks.
 
     Raises ValueError where the settings do not fit the model or the twin the batch.
@@ -88,6 +90,7 @@ def fill(
     for step in range(1, settings.steps + 1):
         if not masked_BT.any():
             break
+        between()
         log_SV = _log_probabilities(model, read, masked_BT, settings)
         entry_S = _draw(log_SV, settings, generator)
         log_S = log_SV.gather(1, entry_S[:, None])[:, 0]
@@ -155,6 +158,7 @@ def fill_grid(
     settings: MaskPredict,
     generator: torch.Generator,
     twin: Batch | None = None,
+    between: Callable[[], object] = lambda: None,
 ) -> Filled:
     """Fill the masks of grids of any size from side x side on, by windows of that size: tokens [B, h, w].
 
@@ -172,8 +176,8 @@ def fill_grid(
         window_Bhw = grid_Bhw[:, rows, columns]
         if not (window_Bhw == settings.mask).any():
             continue
-        sides = [_placed(one, window_Bhw) for one in ((batch,) if twin is None else (batch, twin))]
-        tokens_BT, scored_B = fill(model, sides[0], settings, generator, *sides[1:])
+        other = None if twin is None else _placed(twin, window_Bhw)
+        tokens_BT, scored_B = fill(model, _placed(batch, window_Bhw), settings, generator, other, between)
         grid_Bhw[:, rows, columns] = tokens_BT[:, : side * side].reshape(window_Bhw.shape).to(grid_Bhw.device)
         score_B += scored_B.to(score_B.device)
     return Filled(grid_Bhw, score_B)

@@ -1,5 +1,8 @@
 """The one exception for mistakes that the person at the terminal can mend, and the exit codes."""
 
+import contextlib
+from collections.abc import Iterator
+
 # Of a rank, beside 0 (done) and 1 (a failure of ours). `m6 train` ends with 1 for LOST_PEER and RESTARTABLE.
 MISTAKE = 2  # that the user can mend
 LOST_PEER = 3  # another rank is gone, which knows more
@@ -13,3 +16,12 @@ class UserError(Exception):
 
 class RestartableError(UserError):
     """What broke under a run, and is not there any more, or not the same, when it is started again."""
+
+
+@contextlib.contextmanager
+def told_as_mistake() -> Iterator[None]:
+    """What a library here refuses by ValueError is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -11,14 +11,15 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
+from accelerate.utils import align_module_device, get_balanced_memory, set_module_tensor_to_device
 from huggingface_hub import split_torch_state_dict_into_shards
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -43,6 +44,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 FILE_NAME = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODES = {"fp32": "F32", "bf16": "BF16"}  # as safetensors has it
+FITS = 0.8  # of what is free may be weights
 
 Placement = dict[str, int | str]
 
@@ -158,7 +160,9 @@ def _write_weights(path: Path, plan: Plan, names: list[str], advance: Callable[[
 
 
 def load_exported(
-    folder: Path, device_map: Literal["auto"] | Placement = "auto", max_memory: Placement | None = None
+    folder: Path,
+    device_map: Literal["auto"] | Placement = "auto",
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> M6:
     """The model of an export, ready for inference, on the devices that there are.
 
@@ -192,6 +196,19 @@ def load_exported(
     return model
 
 
+def fits(folder: Path) -> bool:
+    """Whether an export's weights fit what is free on the first GPU, or else in memory."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors")) < FITS * free
+
+
+def weights_of(model: M6) -> Iterator[Tensor]:
+    """All weights, in the order of their names in the model, wherever they are kept, a module's own at once."""
+    for module in model.modules():
+        with align_module_device(module):
+            yield from module.parameters(recurse=False)
+
+
 def load_checkpoint(path: Path) -> tuple[M6, Recipe, dict[str, Any]]:
     """A checkpoint's fp32 model, ready for inference on the first GPU or the CPU; its training's recipe; its manifest.
 
@@ -211,7 +228,7 @@ def load_checkpoint(path: Path) -> tuple[M6, Recipe, dict[str, Any]]:
     return model, recipe, manifest
 
 
-def _place(model: M6, max_memory: Placement | None) -> Placement:
+def _place(model: M6, max_memory: Mapping[int | str, int | str] | None) -> Placement:
     whole = [Layer.__name__, PatchEmbedding.__name__]
     room = get_balanced_memory(model, max_memory=max_memory and dict(max_memory), no_split_module_classes=whole)
     return infer_auto_device_map(model, max_memory=room, no_split_module_classes=whole)

@@ -22,8 +22,10 @@ from training.data.tasks.contrast import word_rarity
 from training.evaluation import Drawing, Hit, Saying, Search, picture_uri
 from training.image_folder import image_codes, load_image_tokenizer
 from training.judge import Judge
+from training.painting import Hand
 from training.quality import SEED, Pair
-from training.trained import M6, Hand, Style
+from training.trained import M6
+from training.writing import Style
 
 CAPTIONS, QUESTIONS, TEXTS = 24, 12, 4
 ASKED = 48  # pictures, out of whose questions QUESTIONS are chosen

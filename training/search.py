@@ -27,6 +27,7 @@ from training.data.rows import clean
 from training.embedding import ASKED, BAG, CALLED, TRUNK, Embeddings
 from training.errors import UserError
 from training.files import replace
+from training.prompts import Picture
 from training.trained import M6
 
 DETAILS = 0.5  # what the model's own words about a picture weigh beside the picture
@@ -124,9 +125,10 @@ class Index:
         for start in range(0, len(new), BATCH):
             own, images = self._read([found[name] for name in new[start : start + BATCH]])
             if images:
-                details = details_of(m, images)
+                patches = m.prompts.patches(images)  # once for all that is asked about them
+                details = details_of(m, patches)
                 entries += [entry._replace(details=text) for entry, text in zip(own, details, strict=True)]
-                seen.append(m.embed_images(images))
+                seen.append(m.embed_images(patches))
                 said.append(m.embed_texts(details))
             advance(min(start + BATCH, len(new)), len(new))
             if entries and time.monotonic() - held > PAUSE:
@@ -165,8 +167,11 @@ class Index:
 
     def search(self, m: M6, query: str, most: int) -> list[Hit]:
         """The `most` pictures that fit best, best first."""
+        return self.found(m.embed_texts([query]), most)
+
+    def found(self, asked: Embeddings, most: int) -> list[Hit]:
+        """`search` for one text, of which these are the embeddings."""
         assert self.seen and self.said
-        asked = m.embed_texts([query])
         image_N, details_N = (part.similarity(asked)[:, 0] for part in (self.seen, self.said))
         score_N = (image_N + DETAILS * details_N) / (1 + DETAILS)
         best = np.argsort(-score_N, kind="stable")[:most]
@@ -184,7 +189,7 @@ def pictures_in(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def details_of(m: M6, images: Sequence[Image.Image]) -> list[str]:
+def details_of(m: M6, images: Sequence[Picture]) -> list[str]:
     """What the model says of each picture: its name and key words; "?" if it has not learned to."""
     if not m.learned("caption"):
         return ["?"] * len(images)

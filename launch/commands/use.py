@@ -107,7 +107,7 @@ def write(
 ) -> None:
     """Write a text, as it comes to mind: m6 write 写一首诗。题目：春晓。作者：孟浩然。"""
     from launch import use
-    from training.trained import Style
+    from training.writing import Style
 
     use.write(run, data, prompt, examples, Style(temperature, top_p, repetition_penalty, tokens, seed))
 
@@ -150,7 +150,7 @@ def draw(
     """
     _check_kept(pictures, tries)
     from launch import use
-    from training.trained import Hand
+    from training.painting import Hand
 
     hand = Hand(pictures, tries, guidance, temperature, seed=seed, steps=steps, size=size)
     use.draw(run, data, text, reference, hand, target)
@@ -195,7 +195,7 @@ def edit(
         raise click.UsageError("say what is redrawn, by --region or by --mask")
     _check_kept(pictures, tries)
     from launch import use
-    from training.trained import Hand
+    from training.painting import Hand
 
     hand = Hand(pictures, tries, guidance, seed=seed, steps=steps, size=size)
     within = region or mask

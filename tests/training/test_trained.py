@@ -21,8 +21,9 @@ from training.data.tasks.contrast import picture_words
 from training.errors import UserError
 from training.export import BACKGROUND
 from training.image_folder import load_image_tokenizer, open_corpus
+from training.painting import Hand, Painting
 from training.recipe import TASK_NAMES, Recipe
-from training.trained import Hand, Style
+from training.writing import Style
 
 PROMPT = "写一首诗。题目：春晓。作者：佚名。"
 
@@ -164,8 +165,10 @@ def test_writing_streams_what_it_returns_and_can_be_repeated(m: M6) -> None:
 
 def test_examples_are_read_before_the_prompt(m: M6, monkeypatch: pytest.MonkeyPatch) -> None:
     sources: list[list[int]] = []
-    batch_of = m.batch_of
-    monkeypatch.setattr(m, "batch_of", lambda rows, width: sources.append(rows[0].source) or batch_of(rows, width))
+    batch_of = m.prompts.batch_of
+    monkeypatch.setattr(
+        m.prompts, "batch_of", lambda rows, width: sources.append(rows[0].source) or batch_of(rows, width)
+    )
     style = Style(tokens=8, temperature=0)
     m.write("写诗。题目：月。", style, examples=[("写诗。题目：山。", "青山\n 绿水"), ("写诗。题目：水。", "流水")])
     joined = "写诗。题目：山。\n青山\n绿水\n写诗。题目：水。\n流水\n写诗。题目：月。"
@@ -188,7 +191,7 @@ def test_vectors_do_not_depend_on_their_company(m: M6, pictures: list[Image.Imag
 def test_bits_are_the_models_own(m: M6) -> None:
     text = "床前明月光，疑是地上霜。"
     tokens = [*m.tokenizer.encode(text), m.tokenizer.eos_id]
-    (batch,) = m._batches([Row(m.tokenizer.encode(PROMPT), tokens)], labels=True)
+    (batch,) = m.batches([Row(m.tokenizer.encode(PROMPT), tokens)], labels=True)
     logits = m.network.hidden_states(
         batch["tokens_BT"], batch["source_B"], batch["length_B"], batch["image_BPC"], batch["has_image_B"]
     )[0]
@@ -210,8 +213,8 @@ def test_a_long_prompt_is_cut_as_in_training(m: M6) -> None:
 def test_prompts_are_those_of_the_tasks(m: M6, sample_corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model is asked in use is, token by token, what it was asked in training."""
     rows: list[Row] = []
-    batches = m._batches
-    monkeypatch.setattr(m, "_batches", lambda rs, labels=False: (rows.extend(rs), batches(rs, labels))[1])
+    batches = m.batches
+    monkeypatch.setattr(m, "batches", lambda rs, labels=False: (rows.extend(rs), batches(rs, labels))[1])
     corpus = Corpus.open(sample_corpus.folder.parent)
     picture = corpus.picture(int(corpus.picture_rows("validation")[0]))
     asked: dict[str, list[list[int]]] = {}
@@ -383,7 +386,7 @@ def test_what_is_to_be_painted_is_asked_as_in_training(drawer: M6, painter: Path
     ]
     blank = [row for row in rows if len(row.hidden) == 16]
     picture = corpus.picture(int(task.pool[0]))
-    asked = drawer._controlled(load_image_tokenizer(painter), picture_words(picture), None)
+    asked = Painting(drawer)._controlled(load_image_tokenizer(painter), picture_words(picture), None)
     assert asked.source in [row.source for row in blank] and not asked.target
 
 

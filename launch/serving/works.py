@@ -1,0 +1,63 @@
+"""What each lane computes, for all that was asked of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from PIL import Image
+
+from launch.serving.desk import Desk, Lane
+from launch.serving.shelf import Collection
+from launch.serving.writers import WritingLane
+from training.painting import Hand, Region
+from training.search import Hit
+from training.trained import M6
+
+
+def captions(m: M6, asked: Sequence[tuple[list[Image.Image], str]]) -> list[list[str]]:
+    """Of lists of pictures, all of one kind."""
+    said = iter(m.captions([image for images, _ in asked for image in images], asked[0][1]))
+    return [[next(said) for _ in images] for images, _ in asked]
+
+
+def answers(m: M6, asked: Sequence[tuple[str, Image.Image | None, tuple[str, ...]]]) -> list[str]:
+    """To questions, about pictures or not, all with the same choices."""
+    return m.asks([(question, image) for question, image, _ in asked], asked[0][2])
+
+
+def matches(m: M6, asked: Sequence[tuple[Image.Image, str]]) -> list[float]:
+    return m.matches(asked)
+
+
+def drawings(m: M6, asked: Sequence[tuple[str, Hand, Image.Image | None]]) -> list[list[Image.Image]]:
+    return [m.draw(text, hand, reference) for text, hand, reference in asked]
+
+
+def edits(m: M6, asked: Sequence[tuple[Image.Image, str, Region, Image.Image | None, Hand]]) -> list[list[Image.Image]]:
+    return [m.edit(*one) for one in asked]
+
+
+def searches(m: M6, asked: Sequence[tuple[Collection, str, int]]) -> list[list[Hit]]:
+    """In any collections."""
+    queries = m.embed_texts([query for _, query, _ in asked])
+    return [collection.found(queries[[n]], most) for n, (collection, _, most) in enumerate(asked)]
+
+
+def updates(m: M6, asked: Sequence[Collection]) -> list[int]:
+    """How many pictures each has that can be found."""
+    return [collection.update(m) for collection in asked]
+
+
+def open_lanes(desk: Desk, m: M6, rows: int) -> None:
+    """All of them: what they compute gives way to one another between tokens."""
+    m.between = desk.between
+    works: dict[str, tuple[Callable[[M6, Any], Sequence[Any]], int]] = {
+        "caption": (captions, rows), "ask": (answers, rows), "match": (matches, rows), "search": (searches, rows),
+        # These fill a batch each: a drawing by its tries, an index by its pictures.
+        "draw": (drawings, 1), "edit": (edits, 1), "index": (updates, 1),
+    }  # fmt: skip
+    desk.open(
+        WritingLane(desk, m, rows), *(Lane(desk, task, partial(work, m), most) for task, (work, most) in works.items())
+    )
