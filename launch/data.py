@@ -1,5 +1,7 @@
 """`m6 data`: the corpus as tables on the terminal."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +13,7 @@ from training.data.corpus import Corpus
 from training.data.splits import Split
 
 SPLITS = get_args(Split)
+KINDS = ("poem", "review", "plain")
 SAMPLES = 3  # of each kind
 SAMPLE_WIDTH = 60  # characters
 
@@ -31,17 +34,17 @@ def fetch_data(folder: Path) -> None:
 
 
 def show_data(folder: Path) -> None:
-    """Counts, licences and a few validation samples. Raises UserError if there is no corpus."""
+    """Counts, licences and a few samples, of the validation split if it has any. Raises UserError without a corpus."""
     corpus = Corpus.open(folder)
     console = Console()
     console.print(counts(corpus.manifest))
     console.print(f"fingerprint {corpus.fingerprint}\n", markup=False)
-    for row in _spread(corpus.picture_rows("validation")):
+    for row in _spread(_held_out(corpus.picture_rows)):
         picture = corpus.picture(row)
         tags = "、".join(picture.tags)
         console.print(f"picture  {picture.id}  {picture.zh} | {tags} | {picture.en}", markup=False)
-    for kind in ("poem", "review"):
-        for row in _spread(corpus.text_rows("validation", kind)):
+    for kind in KINDS:
+        for row in _spread(_held_out(partial(corpus.text_rows, kind=kind))):
             text = corpus.text(row)
             about = " ".join(filter(None, (text.title, text.author, text.topic, text.polarity)))
             console.print(f"{kind:8s} {about}: {_shortened(text.text)}", markup=False)
@@ -52,12 +55,19 @@ def counts(manifest: dict[str, Any]) -> Table:
     table = Table(box=None)
     for heading in ("", "package", *SPLITS, "licence"):
         table.add_column(heading, justify="right" if heading in SPLITS else "left", overflow="fold")
-    rows = manifest["pictures"] | manifest["texts"]
+    kinds = (manifest["pictures"], manifest["texts"])
     for name, source in manifest["sources"].items():
-        numbers = [f"{rows[name].get(split, 0):,}" if name in rows else "" for split in SPLITS]
+        own = [rows[name] for rows in kinds if name in rows]
+        numbers = [f"{sum(rows.get(split, 0) for rows in own):,}" if own else "" for split in SPLITS]
         licence = f"done without: {source['missing']}" if source["missing"] else source["licence"]
         table.add_row(name, f"{source['package']} {source['version']}", *numbers, licence)
     return table
+
+
+def _held_out(rows: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Of the validation split, or, if there is nothing in it, of the training split."""
+    found = rows("validation")
+    return found if len(found) else rows("train")
 
 
 def _spread(rows: np.ndarray) -> list[int]:

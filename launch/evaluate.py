@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from launch.use import chosen
 from training import quality, samples
+from training.before_after import KINDS, Before, compare
 from training.data.corpus import Corpus
 from training.errors import UserError
 from training.evaluation import FOLDER, OF_FILES, Figures, Samples, tables, write_evaluation
@@ -36,12 +38,18 @@ def evaluate(
     console = Console(stderr=True)
     figures: Figures = {"step": m.step, "parameters": sum(weight.numel() for weight in m.network.parameters())}
     with console.status("measuring") as status:
+        place = data or (Path(m.recipe.data) if m.recipe else Path("data"))
+        before = _before(m, place)
         if pairs or texts:
-            found, samples = _of_files(m, pairs, texts)
+            own = quality.read_pairs(pairs) if pairs else []
+            found, samples = _of_files(m, own, texts)
         else:
-            place = data or (Path(m.recipe.data) if m.recipe else Path("data"))
-            found, samples = _of_corpus(m, Corpus.open(place), split, place, status.update)
+            corpus = Corpus.open(place)
+            own = [quality.pair_of(corpus.picture(row)) for row in quality.picture_rows(corpus, split)]
+            found, samples = _of_corpus(m, corpus, split, own, place, status.update)
             figures["split"] = split
+        if before and own:
+            figures["before_after"] = compare(m, before, Corpus.open(place), split, own, status.update)
     figures = quality.finite(figures | found)
     folder = home / (OF_FILES if pairs or texts else FOLDER)
     try:
@@ -57,25 +65,37 @@ def evaluate(
     print(f"page: {page.resolve()}")
 
 
-def _of_files(m: M6, pairs: Path | None, texts: Path | None) -> tuple[Figures, Samples]:
+def _before(m: M6, place: Path) -> Before | None:
+    """What a fine-tuned run started from; None of another, or if that is gone, which is told."""
+    if not (m.recipe and m.recipe.start):
+        return None
+    try:
+        return Before.of(m, Corpus.open(place))
+    except UserError as error:
+        print(f"m6: nothing to compare with: {error}", file=sys.stderr)
+        return None
+
+
+def _of_files(m: M6, pairs: list[quality.Pair], texts: Path | None) -> tuple[Figures, Samples]:
     figures: Figures = {}
     shown = Samples()
     if pairs:
-        read = quality.read_pairs(pairs)
-        figures["retrieval"], _ = quality.measure_retrieval(quality.similarities(m, read), read)
-        figures["caption"] = quality.measure_captions(m, read)
-        sayings, count = samples.captions(read, _said(figures))
-        shown = Samples(sayings=sayings, counts={"caption": count}, searches=samples.searches(m, read))
+        figures["retrieval"], _ = quality.measure_retrieval(quality.similarities(m, pairs), pairs)
+        figures["caption"] = quality.measure_captions(m, pairs)
+        sayings, count = samples.captions(pairs, _said(figures))
+        shown = Samples(sayings=sayings, counts={"caption": count}, searches=samples.searches(m, pairs))
     if texts:
         figures["text"] = quality.measure_texts(m, quality.read_texts(texts))
     return figures, shown
 
 
-def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell) -> tuple[Figures, Samples]:
+def _of_corpus(
+    m: M6, corpus: Corpus, split: str, pairs: list[quality.Pair], home: Path, tell: quality.Tell
+) -> tuple[Figures, Samples]:
     rows = quality.picture_rows(corpus, split)
     if not rows:
-        raise UserError(f"--split {split}: the corpus has no pictures of style {quality.STYLE} in it")
-    pairs = [quality.pair_of(corpus.picture(row)) for row in rows]
+        what = "pictures" if corpus.imported else f"pictures of style {quality.STYLE}"
+        raise UserError(f"--split {split}: {corpus.folder} has no {what} in it")
     figures: Figures = {}
     shown: dict[str, Any] = {"sayings": [], "counts": {}}
     if m.recipe and m.recipe.image_tokenizer and {"draw", "inpaint"} & m.recipe.tasks.keys():
@@ -93,7 +113,9 @@ def _of_corpus(m: M6, corpus: Corpus, split: str, home: Path, tell: quality.Tell
         tell("answering questions")
         figures["answers"] = quality.measure_answers(m, corpus, split)
         _add(shown, "ask", samples.questions(m, corpus, split))
-    for kind in ("poem", "review"):
+    for kind in KINDS:
+        if not len(corpus.text_rows(split, kind)):
+            continue  # as of many a corpus that was imported
         tell(f"writing: {kind}")
         figures[f"text_{kind}"] = _writing(m, corpus, split, kind)
         if m.learned(kind):

@@ -119,7 +119,8 @@ def show(made: Plan, console: Console) -> None:
     model, layout = work.config.model, work.job.layout
     console.print(
         f"{model.layers} layers, hidden {model.hidden}, {model.experts} experts: "
-        f"{number(terms['parameters.total'].value)} parameters, {number(terms['parameters.active'].value)} active"
+        f"{number(terms['parameters.total'].value)} parameters, {number(terms['parameters.active'].value)} active, "
+        f"{number(terms['parameters.trained'].value)} trained"
         f"{' (layers share their weights)' if model.share_layers else ''}\n"
         f"{layout.devices} x {work.cluster.device.name}, ep {layout.ep}, micro-batch {layout.micro_batch} rows x "
         f"{layout.micro_batches}, {number(work.usual.tokens)} positions a step\n"

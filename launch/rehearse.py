@@ -25,9 +25,10 @@ from launch.processes import forwarding
 from launch.run import count_gpus, rank_environment
 from training.ds_config import DSConfig, resolve
 from training.errors import MISTAKE, UserError
+from training.parent import load_recipe
 from training.placement import DEVICE
 from training.rank_share import Room, extrapolate, needed
-from training.recipe import Recipe, load_recipe, parse_recipe
+from training.recipe import Recipe, parse_recipe
 from training.run import SWAP
 
 LEFT_SHARE, WATCH_SECONDS = 0.03, 0.2  # of the machine's memory, which a rehearsal must leave free

@@ -31,7 +31,7 @@ def report_on(run: str, to_loss: float | None = None) -> None:
     for row in found.rows:
         change = "–" if row.change is None else f"{row.change:+.1%}"
         table.add_row(row.task, nats(row.first), found.late(row), change)
-    console.print(table)
+    console.print(table if found.rows else "no validation loss: the corpus has nothing in its validation split")
     if found.standing:
         console.print(found.standing, markup=False)
     if to_loss is not None:

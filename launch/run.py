@@ -22,13 +22,15 @@ from launch.nodes import Nodes, Place
 from launch.planned import foretold, planned_world, write_plan
 from launch.processes import STOPPED, Ranks, first_rank_to_fail, forwarding
 from launch.supervisor import Supervision, Supervisor
+from model.parts import WHOLE
 from training import checkpoint_files
 from training.ds_config import DSConfig, default_path, resolve
 from training.errors import LEFT, MISTAKE, RESTARTABLE, UserError
 from training.heartbeat import read_beat
 from training.machine import usable_cores
-from training.recipe import Recipe, load_recipe
-from training.run import CHECKPOINTS, PLAN, RANKS, RECIPE, SWAP, lock_run, open_run
+from training.parent import Parent, load_recipe, settle
+from training.recipe import Recipe
+from training.run import CHECKPOINTS, PLAN, RANKS, RECIPE, SWAP, lock_run, open_run, run_folder
 
 # On several machines one may be taken for another's that was lost; its lock outlives it for a while.
 LOCK_SECONDS = 120.0
@@ -59,6 +61,19 @@ class TrainingRun:
     resume: bool = False
     allow_change: tuple[str, ...] = ()  # keys of the recipe, on resume
     cluster: str | None = None  # what is planned for, to stand beside what comes
+
+    @property
+    def resumed(self) -> Path | None:
+        """The folder of the run that is to go on."""
+        return run_folder(self.name) if self.resume else None
+
+    def load(self) -> Recipe:
+        """The recipe with its overrides, and with what it takes over from the run that it starts from."""
+        return load_recipe(self.recipe, self.overrides, self.resumed)
+
+    def settled(self) -> "TrainingRun":
+        """With a definite checkpoint to start from, if it starts from another run."""
+        return replace(self, overrides=settle(self.recipe, self.overrides, self.resumed))
 
     def arguments(self) -> list[str]:
         """Those of `training.train`."""
@@ -92,6 +107,7 @@ def launch(run: TrainingRun, place: Place, dry_run: bool = False, supervision: S
     On this machine there is a rank a GPU, or CPU_RANKS without one, if no number is given. With `supervision` a run
     that fails is started again. Raises UserError for mistakes seen before that.
     """
+    run = run.settled()
     if place.node_rank is not None:
         os.environ.update(environment_files(os.environ))
     gpus = count_gpus()
@@ -112,6 +128,8 @@ def launch_node(run: TrainingRun, nodes: Nodes, gpus: int, supervision: Supervis
         lock_run(plan.folder, LOCK_SECONDS if len(nodes.slots) > 1 else 0.0).close()  # told here, not by a rank, late
     if not nodes.here:
         keep_plan(plan, run, nodes.world)
+    if sys.stderr.isatty():
+        print(f"starting {len(nodes.ranks)} rank(s): some 15 seconds to the first sign", file=sys.stderr)
     operators.main()  # told here if one has to be compiled: DeepSpeed would do it in silence
     environment = rank_environment(os.environ, len(nodes.ranks), on_gpu=gpus > 0)
     start = partial(start_ranks, run, nodes, gpu_numbers(gpus), environment)
@@ -138,7 +156,7 @@ def way_on(folder: Path) -> str:
 
 def launch_everywhere(run: TrainingRun, hostfile: Path, nodes: Nodes, supervision: Supervision | None) -> int:
     """Train on all machines of a hostfile, each started from here; the largest of their codes. Raises UserError."""
-    open_run(run.name, load_recipe(run.recipe, list(run.overrides)), run.resume, run.allow_change)
+    open_run(run.name, run.load(), run.resume, run.allow_change)
     chosen = ["--master-port", str(nodes.port), *(supervision.options() if supervision else [])]
     started = OnAll(hostfile, nodes.names, ["train", *chosen, *run.words()], fine=[LEFT])
     return started.run(passed_on(os.environ), marked=True)
@@ -154,12 +172,18 @@ def keep_plan(plan: Plan, run: TrainingRun, world: int) -> None:
 
 def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
-    recipe = load_recipe(run.recipe, list(run.overrides))
+    recipe = run.load()
+    if recipe.start and not run.resume:
+        Parent.to_begin(recipe)
     if run.data is not None:
         recipe = recipe.model_copy(update={"data": str(run.data)})
     folder, data = open_run(run.name, recipe, run.resume, run.allow_change), Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
+    if (drawing := sorted({"draw", "inpaint"} & recipe.tasks.keys())) and recipe.image_tokenizer is None:
+        raise UserError(
+            f"tasks.{drawing[0]}: needs pictures as codes: image_tokenizer=FOLDER names a trained tokenizer"
+        )
     if recipe.delink.wanted:
         resolve(recipe.delinked(), nodes.world, gpus, folder / SWAP)
     config_path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)
@@ -169,7 +193,12 @@ def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
 def show(run: TrainingRun, nodes: Nodes, gpus: int, chosen: Sequence[str]) -> int:
     """Print what would run, and the command that starts it with the options `chosen`; the exit code to end with."""
     plan = check(run, nodes, gpus)
-    facts = recipe_facts(plan) | (resume_facts(plan) if run.resume else {}) | layout_facts(plan.config, nodes.world)
+    facts = (
+        recipe_facts(plan)
+        | start_facts(plan.recipe)
+        | (resume_facts(plan) if run.resume else {})
+        | layout_facts(plan.config, nodes.world)
+    )
     if run.cluster:
         facts["plan"] = plan_fact(foretold(plan.recipe, run.cluster, nodes.world)["metrics"])
     for name, value in facts.items():
@@ -197,6 +226,11 @@ def recipe_facts(plan: Plan) -> dict[str, str]:
     }
 
 
+def start_facts(recipe: Recipe) -> dict[str, str]:
+    """Which weights it begins with, if they are a run's."""
+    return {"start": recipe.start.checkpoint} if recipe.start else {}
+
+
 def resume_facts(plan: Plan) -> dict[str, str]:
     """Where it would go on."""
     saved = checkpoint_files.steps(plan.folder / CHECKPOINTS)
@@ -216,6 +250,7 @@ def layout_facts(config: DSConfig, ranks: int) -> dict[str, str]:
     experts = f"{config.model.experts} a layer, {config.model.experts // config.expert_parallel} a rank"
     return {
         "parameters": f"{counts.total:,}, of which a token passes {counts.active:,}",
+        "trained": trained_fact(config),
         "experts": experts if config.model.experts else "none: a dense model",
         "ranks": f"{ranks}, in groups of {config.expert_parallel} that share one set of experts",
         "rows a step": f"{ranks} ranks x {config.micro_batch} x {config.accumulation} micro-batches",
@@ -224,6 +259,15 @@ def layout_facts(config: DSConfig, ranks: int) -> dict[str, str]:
         "optimizer on": str(config.placement.optimizer),
         "resident": resident(config),
     }
+
+
+def trained_fact(config: DSConfig) -> str:
+    """Which parts of the model learn, and how large they are."""
+    counts = config.model.parameter_counts()
+    if config.trained >= WHOLE:
+        return "all of them"
+    own = counts.of(config.trained)
+    return f"{own:,} ({own / counts.total:.2%}): {', '.join(sorted(config.trained))}; the rest is frozen"
 
 
 def plan_fact(metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -35,8 +35,9 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, *key: object):
         super().__init__()
         self.heads = config.heads
-        self.qkv = Linear(config.hidden, 3 * config.hidden, config.init_std, *key, "qkv")
-        self.out = Linear(config.hidden, config.hidden, config.init_std, *key, "out")
+        rank = config.adapter_rank
+        self.qkv = Linear(config.hidden, 3 * config.hidden, config.init_std, *key, "qkv", adapter_rank=rank)
+        self.out = Linear(config.hidden, config.hidden, config.init_std, *key, "out", adapter_rank=rank)
 
     def forward(self, x_TD: Tensor, mask_B1NN: Tensor, packing: Packing, cache: LayerCache | None = None) -> Tensor:
         """[T, D] -> [T, D]: packed but for the attention itself, whose rows have one length.

@@ -5,10 +5,12 @@ Imports no torch, so that planning and recipe checks start in an instant.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from model.parts import ADAPTERS, WHOLE
 
 MOST_IMAGE_CODES = 2**16  # they are stored in 16 bits
 MOST_CAPACITY = 1_000_000  # places for an even share: far more than any number of tokens fills
@@ -49,12 +51,15 @@ class ModelConfig:
     image_channels: int = 2_048  # of one patch: CNN channels, or 3 * p * p pixels
     bag_width: int = 0  # of the sums that search goes by beside the trunk (`model/bags.py`); 0: the trunk alone
     init_std: float = 0.02
+    adapter_rank: int = (
+        0  # of low-rank adapters beside attention and feed-forward weights (`model/adapters.py`); 0: none
+    )
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "k", "text_vocab", "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("experts", "image_codes", "image_patches", "image_channels", "bag_width"):
+        for name in ("experts", "image_codes", "image_patches", "image_channels", "bag_width", "adapter_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("balance_loss", "z_loss", "init_std"):
@@ -71,6 +76,8 @@ class ModelConfig:
             raise ValueError(f"experts={self.experts} is not divisible into k={self.k} prototypes")
         if not 0 < self.capacity_factor <= MOST_CAPACITY:
             raise ValueError(f"capacity_factor={self.capacity_factor}: must be over 0 and at most {MOST_CAPACITY:,}")
+        if self.adapter_rank >= min(self.hidden, self.ffn):
+            raise ValueError(f"adapter_rank={self.adapter_rank}: must be less than hidden and ffn, or it is not low")
         if self.init_std > 1:
             raise ValueError(f"init_std={self.init_std}: must be at most 1")
 
@@ -90,6 +97,12 @@ class ModelConfig:
         inputs = 2 if self.gated_experts else 1
         return (inputs + 1) * self.hidden * self.ffn + inputs * self.ffn + self.hidden
 
+    @property
+    def adapter_parameters(self) -> tuple[int, int]:
+        """Parameters of the adapters of one layer's attention, and of one expert (or the dense feed-forward layer)."""
+        inputs = 2 if self.gated_experts else 1
+        return 6 * self.hidden * self.adapter_rank, (2 * self.hidden + (inputs + 1) * self.ffn) * self.adapter_rank
+
     def parameter_counts(self) -> ParameterCounts:
         """Exact counts by component, equal to the built model's."""
         h, physical = self.hidden, 1 if self.share_layers else self.layers
@@ -99,7 +112,9 @@ class ModelConfig:
         experts = max(self.experts, 1) * self.expert_parameters
         embeddings = (self.vocab + self.max_positions + SEGMENTS) * h
         image = self.image_channels * h + h + self.image_patches * h + 2 * h
-        layer_active = attention + norms + router + self.experts_used * self.expert_parameters
+        beside_attention, beside_expert = self.adapter_parameters
+        layer_active = attention + norms + router + beside_attention
+        layer_active += self.experts_used * (self.expert_parameters + beside_expert)
         return ParameterCounts(
             embeddings=embeddings,
             image=image,
@@ -108,21 +123,31 @@ class ModelConfig:
             routers=physical * router,
             experts=physical * experts,
             bags=2 * (self.image_channels + 1 + self.text_vocab) * self.bag_width,
+            adapters=physical * (beside_attention + max(self.experts, 1) * beside_expert),
             active=embeddings + image + 2 * h + self.layers * layer_active,
         )
 
-    def training_flops(self, tokens: int, targets: int, assignments: int | None = None) -> int:
-        """FLOPs of forward + backward through the active matrices (2 + 4 a parameter and position).
+    def training_flops(
+        self, tokens: int, targets: int, assignments: int | None = None, trained: Collection[str] = WHOLE
+    ) -> int:
+        """FLOPs of forward + backward through the active matrices: 2 + 4 a parameter and position, 2 + 2 if frozen.
 
         `tokens`: positions through the trunk; `targets`: positions through the vocabulary head; `assignments`:
-        rows through experts over all layers, as counted, or None for as many as the capacity mode lets through.
-        Attention scores and recomputation are not counted.
+        rows through experts over all layers, as counted, or None for as many as the capacity mode lets through;
+        `trained`: the parts of the model that are. Attention scores and recomputation are not counted.
         """
         if assignments is None:
             assignments = tokens * self.layers * self.experts_used
-        expert = (3 if self.gated_experts else 2) * self.hidden * self.ffn
-        layer = 4 * self.hidden * self.hidden + self.hidden * self.experts
-        return 6 * (tokens * self.layers * layer + assignments * expert + targets * self.vocab * self.hidden)
+        inputs, positions = 2 if self.gated_experts else 1, tokens * self.layers
+        beside_attention, beside_expert = self.adapter_parameters
+        matrices = {
+            "attention": positions * 4 * self.hidden * self.hidden,
+            "routers": positions * self.hidden * self.experts,
+            "experts": assignments * (inputs + 1) * self.hidden * self.ffn,
+            ADAPTERS: positions * beside_attention + assignments * beside_expert,
+            "embeddings": targets * self.vocab * self.hidden,
+        }
+        return sum(count * (6 if part in trained else 4) for part, count in matrices.items())
 
 
 @dataclass(frozen=True)
@@ -139,11 +164,16 @@ class ParameterCounts:
     routers: int
     experts: int
     bags: int
+    adapters: int
     active: int
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self)) - self.active
+        return self.of(WHOLE)
+
+    def of(self, parts: Collection[str]) -> int:
+        """Of some parts of the model (`model/parts.py`) together."""
+        return sum(getattr(self, part) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The experts that live on this rank.
 
-Shape suffixes: E experts of this rank, R rows of all of them, D hidden size, F feed-forward size.
+Shape suffixes: E experts of this rank, R rows of all of them, D hidden size, F feed-forward size. Adapters are A and B
+of `model/adapters.py`, with a rank between the sizes of the weight that they are beside.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class LocalExperts(nn.Module):
         self.b1_EF = nn.Parameter(torch.zeros(e, f))
         self.w2_EFD = nn.Parameter(torch.empty(e, config.ffn, d))
         self.b2_ED = nn.Parameter(torch.zeros(e, d))
+        self.adapted = config.adapter_rank > 0
+        if self.adapted:
+            self.w1_lora_a = nn.Parameter(torch.empty(e, d, config.adapter_rank))
+            self.w1_lora_b = nn.Parameter(torch.zeros(e, config.adapter_rank, f))
+            self.w2_lora_a = nn.Parameter(torch.empty(e, config.ffn, config.adapter_rank))
+            self.w2_lora_b = nn.Parameter(torch.zeros(e, config.adapter_rank, d))
         if not self.w1_EDF.is_meta:  # where half a million experts would be visited for nothing
             self._fill(config.init_std, *key)
         if parallel.data_group is not None:
@@ -56,6 +63,9 @@ class LocalExperts(nn.Module):
         for i, number in enumerate(self.numbers):
             fill_normal(self.w1_EDF.data[i], std, *key, number, "w1")
             fill_normal(self.w2_EFD.data[i], std, *key, number, "w2")
+            if self.adapted:
+                for name, a in (("w1", self.w1_lora_a.data[i]), ("w2", self.w2_lora_a.data[i])):
+                    fill_normal(a, len(a) ** -0.5, *key, number, name, "adapter")
 
     def _mark(self, parallel: ExpertParallel) -> None:
         """Tell ZeRO-3 to partition these over the ranks that hold the same experts.
@@ -73,4 +83,6 @@ class LocalExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, sizes: Sequence[int]) -> Tensor:
         """[R, D] -> [R, D]: rows sorted by expert, `sizes[e]` of them for this rank's expert e."""
-        return expert_mlp(x_RD, self.w1_EDF, self.b1_EF, self.w2_EFD, self.b2_ED, self.gated, sizes)
+        adapters = self.adapted and (self.w1_lora_a, self.w1_lora_b, self.w2_lora_a, self.w2_lora_b)
+        weights = self.w1_EDF, self.b1_EF, self.w2_EFD, self.b2_ED
+        return expert_mlp(x_RD, *weights, self.gated, sizes, adapters or ())

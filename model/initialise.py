@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.adapters import adapted
+
 
 def fill_normal(tensor: Tensor, std: float, *key: object) -> None:
     """Fill `tensor` in place from N(0, std²), keyed by `key` (seed, layer, expert, name …)."""
@@ -26,13 +28,22 @@ def fill_normal(tensor: Tensor, std: float, *key: object) -> None:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that draws its weight from its key; the bias starts at zero."""
+    """nn.Linear that draws its weight from its key; the bias starts at zero. It may have an adapter."""
 
-    def __init__(self, inputs: int, outputs: int, std: float, *key: object):
+    def __init__(self, inputs: int, outputs: int, std: float, *key: object, adapter_rank: int = 0):
         super().__init__(inputs, outputs)
         fill_normal(self.weight, std, *key)
         if not self.bias.is_meta:
             nn.init.zeros_(self.bias)
+        self.adapted = adapter_rank > 0
+        if self.adapted:
+            self.weight_lora_a = nn.Parameter(torch.empty(adapter_rank, inputs))
+            self.weight_lora_b = nn.Parameter(torch.zeros(outputs, adapter_rank))
+            fill_normal(self.weight_lora_a, inputs**-0.5, *key, "adapter")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return adapted(y, x, self.weight_lora_a, self.weight_lora_b) if self.adapted else y
 
     def reset_parameters(self) -> None:
         """Nothing: the constructor fills the weight, once."""

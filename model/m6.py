@@ -39,8 +39,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, *key: object):
         super().__init__()
         self.gated = config.gated_experts
-        self.inner = Linear(config.hidden, config.ffn * (2 if self.gated else 1), config.init_std, *key, "inner")
-        self.outer = Linear(config.ffn, config.hidden, config.init_std, *key, "outer")
+        inner, rank = config.ffn * (2 if self.gated else 1), config.adapter_rank
+        self.inner = Linear(config.hidden, inner, config.init_std, *key, "inner", adapter_rank=rank)
+        self.outer = Linear(config.ffn, config.hidden, config.init_std, *key, "outer", adapter_rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(activate(self.inner(x), self.gated))

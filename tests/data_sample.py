@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from training.data import corpus
 from training.data.build import build_corpus
 from training.data.features import EfficientNetLite0
+from training.data.pictures import normalised_png
 from training.data.rows import Log, Picture, Text
 from training.data.splits import split_of
 
@@ -104,7 +105,9 @@ def _picture(style: str, size: str, colour: str, shape: str) -> Picture:
         group="图形",
         subgroup=shape,
         mirrorable=True,
-        image=draw(_SHAPES[shape], rgb, 0.8 if size == "大" else 0.4, 96 if style == "fluent-3d" else 64),
+        image=normalised_png(
+            draw(_SHAPES[shape], rgb, 0.8 if size == "大" else 0.4, 96 if style == "fluent-3d" else 64)
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -21,6 +22,10 @@ from training.data.tasks import View
 from training.data.tasks.contrast import word_rarity
 from training.errors import UserError
 from training.files import replace
+from training.own_data import own_corpus
+from training.parent import Parent
+from training.recipe import Recipe
+from training.run import BACKGROUND, home_of
 
 PICTURES = 400  # enough to tell how near a text is to a usual picture (docs/LOG.md, 38)
 
@@ -38,6 +43,14 @@ class Background:
         patches = [look(View(row, 0)) for row in usual_rows(corpus)]
         return cls(word_rarity(corpus), np.stack(patches).astype(np.float16))
 
+    def after(self, parent: Background) -> Background:
+        """Of a run that was fine-tuned on these captions and pictures, after it had learned those of another.
+
+        Words keep the rarity that they were learned with.
+        """
+        patches_NPC = np.concatenate((parent.patches_NPC, self.patches_NPC))
+        return Background({**self.rarity, **parent.rarity}, patches_NPC)
+
     @classmethod
     def read(cls, path: Path) -> Background:
         """Raises UserError."""
@@ -49,7 +62,8 @@ class Background:
             return cls(dict(zip(pieces.tolist(), rarity.tolist(), strict=True)), patches)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             why = f"cannot be read ({type(error).__name__})"
-            raise UserError(f"{path}: {why}; export anew a run that was trained with task `contrast`") from None
+            way = "export anew a run that was trained with task `contrast`, or bring back the run's folder as it was"
+            raise UserError(f"{path}: {why}; {way}") from None
 
     def save(self, path: Path) -> None:
         """Raises OSError."""
@@ -59,6 +73,33 @@ class Background:
     @property
     def digest(self) -> str:
         return xxhash.xxh3_128(repr(sorted(self.rarity.items())).encode() + self.patches_NPC.tobytes()).hexdigest()
+
+
+def background_of(path: Path, manifest: Mapping[str, Any], recipe: Recipe, corpus: Corpus) -> Background:
+    """What the run of the checkpoint `path` finds by. `corpus`: one that it is used with, perhaps its own.
+
+    Raises UserError if what it takes is no longer there.
+    """
+    if recipe.start:
+        return Background.read(home_of(path) / BACKGROUND)
+    own = corpus if corpus.fingerprint == manifest["data"] else own_corpus(path, manifest, recipe)
+    return Background.of(own, recipe.model_shape())
+
+
+def background_for(folder: Path, parent: Parent | None, recipe: Recipe, corpus: Corpus) -> Background | None:
+    """What a training in the run's folder goes by that begins with a parent, or that (None) began with one before.
+
+    None where neither learns to find. Raises UserError if what it takes is no longer there.
+    """
+    if not (recipe.start and "contrast" in recipe.learned):
+        return None
+    if parent is None:
+        return Background.read(folder / BACKGROUND)
+    own = Background.of(corpus, recipe.model_shape()) if len(corpus.picture_rows("train")) else None
+    if "contrast" not in parent.recipe.learned:
+        return own
+    known = background_of(parent.path, parent.manifest, parent.recipe, corpus)
+    return own.after(known) if own else known
 
 
 def usual_rows(corpus: Corpus) -> list[int]:

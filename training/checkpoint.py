@@ -37,11 +37,13 @@ from training.checkpoint_files import (
 )
 from training.engine import Engine
 from training.errors import RestartableError, UserError
+from training.parent import Parent
 from training.recipe import Recipe, one_line, shown
 from training.slices import Slice, SliceReader, SliceWriter
 from training.snapshot import Snapshot
 from training.start import PATIENCE
 from training.tensor_files import SavedSlice, saved_slices
+from training.weights import CHUNK, SavedWeights
 
 T = TypeVar("T")
 
@@ -316,6 +318,26 @@ def load(
         else:
             states.clear_moments(engine)
     states.set_adam_step(engine, adam_step)
+
+
+def begin(engine: Engine, parent: Parent, get_on: Callable[[], object] = lambda: None) -> None:
+    """Set a new engine's weights to those of another run's checkpoint, whatever layout wrote it. Collective.
+
+    Adapters of the checkpoint are merged into the weights beside them; the engine's own, and its optimizer, stay as
+    they were made. `get_on` is called after each piece that is read. Raises UserError if a file is damaged.
+    """
+    path, files = parent.path, parent.manifest["files"]
+    with reading(path):
+        _raise_first(_gather(_damage_of_share(path, files, get_on)))
+        saved = SavedWeights(path, files, parent.recipe.model_shape())
+        own = set(saved.names)
+        for parts in states.resident(engine, (states.MASTER,)):
+            for part, view in parts:
+                name = part.key.removesuffix(f".{states.MASTER}")
+                for first in range(0, part.numel, CHUNK) if name in own else ():
+                    values = view[first : first + CHUNK]
+                    values.copy_(saved.read(name, part.offset + first, values.numel()))
+                    get_on()
 
 
 def _check_model(engine: Engine, path: Path, saved: dict[str, list[SavedSlice]]) -> None:

@@ -23,7 +23,7 @@ from training.checkpoint_files import commit, make_room, point_at
 from training.errors import UserError
 from training.files import replace
 from training.recipe import Delink, Recipe, parse_recipe
-from training.run import CHECKPOINTS, RECIPE
+from training.run import BACKGROUND, CHECKPOINTS, RECIPE
 from training.tensor_files import ELEMENT, HashedFile, SavedSlice, saved_slices, slices_head
 
 PIECE = 16 * 2**20  # bytes that are copied at once
@@ -142,8 +142,9 @@ def write_run(plan: Delinking, source: Path, run: Path, advance: Callable[[int],
         partial = partial_of(own, run / CHECKPOINTS)
         begin(own, run / CHECKPOINTS)
         files = write_files(own, partial, list(own.files), advance)
-        if (source / METRICS).exists():
-            shutil.copyfile(source / METRICS, run / METRICS)
+        for name in (METRICS, BACKGROUND):
+            if (source / name).exists():
+                shutil.copyfile(source / name, run / name)
         final = finish(own, partial, files)
         text = yaml.safe_dump(own.recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
         replace(run / RECIPE, text, durable=True)  # last: with it the run has begun

@@ -33,6 +33,7 @@ COMPACT = "8-bit"
 OPTIMIZER_STATES = ("fp32", COMPACT)
 
 BYTES_OF_A_MASTER = 4
+BUFFERS_WITH_ADAPTERS = 9  # of a layer's experts and their adapters, and one that is still held
 MOST_ROWS = 32  # of a micro-batch by default: more are no faster on CPU, and take more memory
 LEAST_SWAPPED = 2**20  # bytes of a tensor, or aio.block_size if that is more: DeepSpeed keeps smaller ones in memory
 
@@ -163,6 +164,7 @@ class DSConfig:
     values: dict[str, Any]  # what deepspeed.initialize gets
     expert_parallel: int
     model: ModelConfig  # the recipe's, with this file's capacity
+    trained: frozenset[str]  # parts of the model
     recompute: bool
     micro_batch: int
     accumulation: int
@@ -224,7 +226,7 @@ def _resolve(
     states = block.get("optimizer_states", "fp32")
     sums = _sums(values.get("data_types", {}), states)
     sizes = Sizes.of(bf16["enabled"], sums, compact=states == COMPACT)
-    elements = Elements.of(model, parallel, world)
+    elements = Elements.of(model, parallel, world, recipe.trained)
     placed = _placement(zero, block.get("offload", {}), model, elements, sizes, gpus)
     tiers = {name: zero.get(name, {}).get("device", "none") for name in BLOCKS.values()}
     if here:
@@ -255,6 +257,7 @@ def _resolve(
         values,
         parallel,
         model,
+        recipe.trained,
         block.get("recompute", False),
         micro,
         accumulation,
@@ -470,6 +473,13 @@ def _own_folder(swap: Path) -> str:
 
 
 def _resolve_buffers(settings: dict[str, Any], model: ModelConfig, parallel: int, world: int) -> None:
+    if model.adapter_rank:  # a layer's experts have four tensors more; DeepSpeed's default would be 5
+        count = settings.setdefault("buffer_count", BUFFERS_WITH_ADAPTERS)
+        if count < BUFFERS_WITH_ADAPTERS:
+            raise UserError(
+                f"zero_optimization.offload_param.buffer_count={count}: a layer's experts with their adapters take "
+                f"{BUFFERS_WITH_ADAPTERS}: raise it, or leave it out"
+            )
     largest = largest_partition(model, parallel, world)
     if settings.get("buffer_size", "auto") == "auto":
         settings["buffer_size"] = largest

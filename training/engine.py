@@ -24,6 +24,7 @@ from torch import Tensor
 from model.experts import ExpertParallel
 from model.m6 import IGNORE, M6, target_counts
 from model.moe import MoELayer
+from model.parts import part_of
 from training.compact_adam import CompactAdamW
 from training.ds_config import COMPACT, DSConfig
 from training.granular import granular, parameter_groups
@@ -72,6 +73,8 @@ class Engine:
         tier = config.placement.parameters.coldest
         with deepspeed.zero.Init(config_dict_or_path=config.values, remote_device=None if tier == DEVICE else tier):
             model = M6(config.model, seed, self.parallel)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) in config.trained)
         model.recompute = config.recompute
         for module in model.modules():
             if isinstance(module, MoELayer):

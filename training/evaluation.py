@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -154,6 +154,7 @@ class Evaluation(NamedTuple):
 def tables(figures: Figures) -> list[Table]:
     """What was measured, each figure beside its trivial rivals, with 95 % intervals."""
     found = [
+        *_before_after(figures.get("before_after", {})),
         *(_finding(figures, way) for way in figures.get("retrieval", {})),
         _naming(figures.get("caption")),
         _answering(figures.get("answers")),
@@ -161,6 +162,43 @@ def tables(figures: Figures) -> list[Table]:
         _writing(figures),
     ]
     return [table for table in found if table.rows]
+
+
+MEASURES = {  # of what fine-tuning changed: names, and digits
+    **{
+        f"{way} r{k}": (f"finding, {way.replace('_to_', ' → ')}, R@{k}", 3)
+        for way in ("image_to_text", "text_to_image")
+        for k in (1, 5, 10)
+    },
+    "caption chrf": ("captions, chrF", 1),
+    "caption cider": ("captions, CIDEr-D", 2),
+    "caption exact": ("captions, exactly the name", 3),
+    "text poem": ("poems, bits a character", 3),
+    "text review": ("reviews, bits a character", 3),
+}
+
+
+def _before_after(found: Figures) -> Iterator[Table]:
+    """Of a fine-tuned run: on its own data, and what it forgot elsewhere."""
+    where = {
+        "own": ("on what is measured here", "Larger is better."),
+        "elsewhere": ("where its parent had learned", "What it forgot. Larger is better, but of bits, smaller."),
+    }
+    for part, (title, note) in where.items():
+        own = found.get(part, {})
+        rows = [
+            [
+                Cell(name),
+                _cell(own[key]["before"], (), digits),
+                _cell(own[key]["after"], (), digits),
+                _difference(own[key], digits),
+                Cell(f"{own[key].get('texts', own['n']):,}"),
+            ]
+            for key, (name, digits) in MEASURES.items()
+            if key in own
+        ]
+        note = f"{note} Before: {found.get('checkpoint')}; the same rows, paired."
+        yield Table(f"Before and after, {title}", note, ["", "before", "after", "difference", "of"], rows)
 
 
 def _finding(figures: Figures, way: str) -> Table:

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,19 +32,19 @@ from training import checkpoint_files
 from training.errors import UserError
 from training.files import flush
 from training.recipe import Recipe, one_line, parse_recipe, shown
-from training.tensor_files import SavedSlice, head, saved_slices
+from training.run import BACKGROUND
+from training.tensor_files import head
+from training.weights import SavedWeights, without_values
 
 if TYPE_CHECKING:  # its import takes seconds, and loading does without
     from training.background import Background
     from training.data.corpus import Corpus
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-BACKGROUND = "background.safetensors"  # what finding goes by beside the weights
 FILE_NAME = re.compile(r"model(-[0-9]+-of-[0-9]+)?\.safetensors")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODES = {"fp32": "F32", "bf16": "BF16"}  # as safetensors has it
 FITS = 0.8  # of what is free may be weights
-CHUNK = 2**22  # elements that are read, rounded and written at once
 
 Placement = dict[str, int | str]
 
@@ -70,7 +70,7 @@ class Plan:
 
     description: Description
     weights: dict[str, Tensor]  # without values
-    slices: dict[str, list[SavedSlice]]  # of each weight
+    values: SavedWeights
     files: dict[str, list[str]]  # names of the weights in each file
     companions: list[Path]  # copied as they are
     background: Background | None  # of a model that can find
@@ -86,14 +86,14 @@ def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, corpus: Corpus, d
     A weight larger than that has a file of its own. Raises UserError if the checkpoint is not of this corpus, or is not
     what its recipe says.
     """
-    from training.background import Background  # its import takes seconds, and loading does without
+    from training.background import background_of  # its import takes seconds, and loading does without
 
     for key, own in (("tokenizer", corpus.tokenizer.sha256), ("data", corpus.fingerprint)):
         if manifest.get(key) != own:
             raise UserError(f"{path}: it was trained on another {key} than {corpus.folder}; give its own with --data")
-    shape = recipe.model_shape()
-    weights: dict[str, Tensor] = dict(_without_values(shape, dtype).named_parameters())
-    slices = _masters(path, saved_slices(path, manifest["files"]), weights)
+    values = SavedWeights(path, manifest["files"], recipe.model_shape())
+    shape = replace(recipe.model_shape(), adapter_rank=0)  # they are merged
+    weights: dict[str, Tensor] = dict(without_values(shape).to(DTYPES[dtype]).named_parameters())
     try:
         split = split_torch_state_dict_into_shards(weights, max_shard_size=shard_size)
     except ValueError:
@@ -106,31 +106,11 @@ def plan(path: Path, manifest: dict[str, Any], recipe: Recipe, corpus: Corpus, d
         step=manifest["step"],
         data=corpus.fingerprint,
         tokenizer=corpus.tokenizer.sha256,
-        feature_network=corpus.manifest["files"][network.name]["sha256"] if network else None,
+        feature_network=corpus.feature_network_sha256 if network else None,
     )
     companions = [corpus.tokenizer.path, *([network] if network else [])]
-    background = Background.of(corpus, shape) if "contrast" in recipe.tasks else None
-    return Plan(description, weights, slices, split.filename_to_tensors, companions, background)
-
-
-def _without_values(shape: ModelConfig, dtype: str) -> M6:
-    """On the meta device."""
-    with torch.device("meta"):
-        return M6(shape).to(DTYPES[dtype]).eval().requires_grad_(False)
-
-
-def _masters(
-    path: Path, slices: dict[str, list[SavedSlice]], weights: dict[str, Tensor]
-) -> dict[str, list[SavedSlice]]:
-    """The slices of each weight's fp32 master. Experts of one layer are one weight, in the order of their numbers."""
-    masters = {key.removesuffix(".master"): found for key, found in slices.items() if key.endswith(".master")}
-    if odd := sorted(weights.keys() ^ masters.keys()):
-        raise UserError(f"{path}: it is of another model ({shown(odd[0])} is {'not ' * (odd[0] in weights)}in it)")
-    for name, weight in weights.items():
-        numel = sum(piece.numel for piece in masters[name])
-        if numel != weight.numel():
-            raise UserError(f"{path}: it is of another model ({name} has {numel:,} values, not {weight.numel():,})")
-    return masters
+    background = background_of(path, manifest, recipe, corpus) if "contrast" in recipe.learned else None
+    return Plan(description, weights, values, split.filename_to_tensors, companions, background)
 
 
 def write(plan: Plan, target: Path, advance: Callable[[int], object]) -> None:
@@ -173,22 +153,10 @@ def _write_weights(path: Path, plan: Plan, names: list[str], advance: Callable[[
     with path.open("wb") as file:
         file.write(head(tensors, {"format": "pt"}))
         for name in names:
-            for piece in plan.slices[name]:
-                for values in _values(piece):
-                    rounded = values.to(DTYPES[dtype]).view(torch.uint8)
-                    file.write(rounded.numpy().data)
-                    advance(rounded.nbytes)
-
-
-def _values(piece: SavedSlice) -> Iterator[Tensor]:
-    """Read, not mapped: pages of a mapped file would count as this process' memory until all of it is there."""
-    with piece.file.open("rb") as file:
-        file.seek(piece.start)
-        for first in range(0, piece.numel, CHUNK):
-            values = torch.empty(min(CHUNK, piece.numel - first), dtype=torch.float32)
-            if file.readinto(values.view(torch.uint8).numpy().data) != values.nbytes:
-                raise UserError(f"{piece.file}: it was cut off while it was read")
-            yield values
+            for values in plan.values.all(name):
+                rounded = values.to(DTYPES[dtype]).view(torch.uint8)
+                file.write(rounded.numpy().data)
+                advance(rounded.nbytes)
 
 
 def load_exported(
@@ -207,7 +175,7 @@ def load_exported(
     if away := [device for device in max_memory or () if isinstance(device, int) and device >= gpus]:
         raise UserError(f"max_memory: there is no GPU {away[0]} here, but {gpus}; leave it out")
     description = read_description(folder)
-    model = _without_values(description.model, description.dtype)
+    model = without_values(description.model).to(DTYPES[description.dtype])
     weights: dict[str, Tensor] = dict(model.named_parameters())
     placement = _place(model, max_memory) if device_map == "auto" else device_map
     on_disk: dict[str, Any] = {}
@@ -244,19 +212,19 @@ def weights_of(model: M6) -> Iterator[Tensor]:
 def load_checkpoint(path: Path) -> tuple[M6, Recipe, dict[str, Any]]:
     """A checkpoint's fp32 model, ready for inference on the first GPU or the CPU; its training's recipe; its manifest.
 
-    Raises UserError if it is damaged.
+    Adapters are merged. Raises UserError if it is damaged.
     """
     with checkpoint_files.reading(path):
         if problems := checkpoint_files.problems(path):
             raise UserError(f"{problems[0]}; `m6 verify` shows which --step is whole")
         manifest = checkpoint_files.read_manifest(path)
         recipe = parse_recipe(manifest.get("recipe", {}), [], str(path / checkpoint_files.MANIFEST))
-        model = _without_values(recipe.model_shape(), "fp32")
-        weights: dict[str, Tensor] = dict(model.named_parameters())
-        for name, pieces in _masters(path, saved_slices(path, manifest["files"]), weights).items():
-            values = torch.cat([chunk for piece in pieces for chunk in _values(piece)])
+        saved = SavedWeights(path, manifest["files"], recipe.model_shape())
+        model = without_values(replace(recipe.model_shape(), adapter_rank=0))
+        for name, weight in dict(model.named_parameters()).items():
             device = 0 if torch.cuda.is_available() else "cpu"
-            set_module_tensor_to_device(model, name, device, value=values.view(weights[name].shape))
+            values = torch.cat(list(saved.all(name)))
+            set_module_tensor_to_device(model, name, device, value=values.view(weight.shape))
     return model, recipe, manifest
 
 

@@ -26,8 +26,14 @@ def extension_root() -> Path:
 
 
 def prepare_extensions() -> None:
-    """Make this process, and those it starts, use `extension_root()`, free of stale locks."""
+    """Make this process, and those it starts, use `extension_root()`, free of stale locks, and its own ninja.
+
+    Another version, as a system may have it, takes what this one built to be out of date, and this one what it built.
+    """
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extension_root())
+    own, others = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if others.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = f"{own}{os.pathsep}{others}"
     clear_stale_locks(extension_root())
 
 

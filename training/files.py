@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -29,3 +31,21 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swap two files or folders of one file system: at any moment both names are there. Raises OSError.
+
+    Where the file system cannot do that at once, `one` is missing for a moment, and then `other`.
+    """
+    swap = 2  # RENAME_EXCHANGE of renameat2(2), which Python has no name for
+    here = -100  # AT_FDCWD
+    failed = ctypes.CDLL(None, use_errno=True).renameat2(here, bytes(one), here, bytes(other), swap)
+    if not failed:
+        return
+    if (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), str(one))
+    aside = one.with_name(f".{one.name}.aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)

@@ -16,14 +16,19 @@ from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from training.placement import DEVICE, NVME, OPTIMIZER, PARAMETERS, Placement
+from training.placement import CPU, DEVICE, NVME, OPTIMIZER, PARAMETERS, Placement
 
 _SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 _TIERS = "m6_tiers"
 
 
+def tiers_of(parameter: Any) -> dict[str, str]:
+    """Where a parameter's weights are to live, and its optimizer states, if it is trained."""
+    return getattr(parameter, _TIERS)
+
+
 def parameter_groups(model: nn.Module, placement: Placement, weight_decay: float) -> list[dict[str, Any]]:
-    """A group for each pair of tiers, with weight decay and without, which only matrices have.
+    """A group for each pair of tiers, with weight decay and without, which only matrices have; what is frozen has none.
 
     ZeRO-3 shows a partitioned weight as empty, so its kept shape decides.
     """
@@ -33,7 +38,8 @@ def parameter_groups(model: nn.Module, placement: Placement, weight_decay: float
         matrix = len(shape) >= 2 and not name.rsplit(".", 1)[-1].startswith("b")
         tiers = placement.parameters.of(name), placement.optimizer.of(name)
         setattr(parameter, _TIERS, dict(zip((PARAMETERS, OPTIMIZER), tiers, strict=True)))
-        groups.setdefault((*tiers, matrix), []).append(parameter)
+        if parameter.requires_grad:
+            groups.setdefault((*tiers, matrix), []).append(parameter)
     return [
         # DeepSpeed tells groups by their names.
         {"params": groups[key], "weight_decay": weight_decay if key[-1] else 0.0, "name": str(key)}
@@ -59,19 +65,20 @@ class GranularZero3(DeepSpeedZeroOptimizer_Stage3):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
+        self._place_frozen()
         self._lay_out_gradient_sums()
         if any(self._on_device(number) for number in range(len(self.fp16_groups))) and self.offload_optimizer:
             self._make_device_optimizer()
 
     def tier(self, number: int, kind: str) -> str:
         """Of a sub-group's weights or optimizer states."""
-        return getattr(self.fp16_groups[number][0], _TIERS)[kind]
+        return tiers_of(self.fp16_groups[number][0])[kind]
 
     def _on_device(self, number: int) -> bool:
         return self.tier(number, OPTIMIZER) == DEVICE
 
     def _create_param_groups_fp16_flat_cpu_memory(self) -> None:
-        tiers = [getattr(group["params"][0], _TIERS)[PARAMETERS] for group in self.trainable_param_groups]
+        tiers = [tiers_of(group["params"][0])[PARAMETERS] for group in self.trainable_param_groups]
         if len(set(tiers)) == 1:
             super()._create_param_groups_fp16_flat_cpu_memory()
             return
@@ -82,6 +89,18 @@ class GranularZero3(DeepSpeedZeroOptimizer_Stage3):
             self.param_groups_fp16_flat_cpu_memory.append(
                 flat if tier == DEVICE else get_accelerator().pin_memory(flat)
             )
+
+    def _place_frozen(self) -> None:
+        """DeepSpeed leaves frozen weights where they were made, on the coldest tier: bring up what is to be warmer."""
+        coldest = NVME if self.params_in_nvme_and_cpu else CPU if self.offload_param else DEVICE
+        for parameter in self.module.parameters():
+            tier = tiers_of(parameter)[PARAMETERS]
+            if parameter.requires_grad or tier == coldest:
+                continue
+            device = get_accelerator().current_device_name() if tier == DEVICE else "cpu"
+            place = torch.empty(parameter.partition_numel(), dtype=self.dtype, device=device)
+            pinned = tier == CPU and self.offload_param_pin_memory
+            self._move_to_flat_buffer([parameter], get_accelerator().pin_memory(place) if pinned else place)
 
     def _swappable_optimizer_subgroup(self, number: int) -> bool:
         return self.tier(number, OPTIMIZER) == NVME and super()._swappable_optimizer_subgroup(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch.utils.data import DataLoader
 
 from model.config import ModelConfig
 from model.image_tokens import ImageTokenizer
 from training.data.corpus import Corpus, sha256_of
 from training.data.features import AUGMENTATIONS
+from training.data.progress import bars
+from training.data.views import FixedViews
 from training.errors import UserError
 from training.files import replace
 from training.image_recipe import ImageTokenizerRecipe
 from training.recipe import Recipe, one_line
 
+CODED_AT_ONCE = 16  # views
 WEIGHTS, DESCRIPTION, CODES = "image_tokenizer.safetensors", "image_tokenizer.json", "codes.npy"
 
 
@@ -115,11 +120,57 @@ def load_image_codes(folder: Path, corpus: Corpus) -> np.ndarray:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: not an array of codes ({one_line(str(error))[:200]})") from None
+    return _checked(codes, path, corpus, description)
+
+
+def _checked(codes: np.ndarray, path: Path, corpus: Corpus, description: Description) -> np.ndarray:
     shape = description.recipe.model
     wanted = (len(corpus.pictures), len(AUGMENTATIONS), shape.grid**2)
     if codes.shape != wanted or codes.dtype != np.uint16 or codes.max(initial=0) >= shape.codes:
         raise UserError(f"{path}: {codes.dtype} {list(codes.shape)}, not uint16 {list(wanted)} of {shape.codes} codes")
     return codes
+
+
+@torch.inference_mode()
+def code_pictures(
+    model: ImageTokenizer, corpus: Corpus, tell: Callable[[int, int], object], workers: int = 0
+) -> np.ndarray:
+    """uint16 [pictures, K, P]: the codes of all pictures of a corpus, in its order and its views.
+
+    `tell` is told how many views are done, and of how many. `workers`: processes that read pictures; 0: this one.
+    """
+    views = FixedViews(corpus, np.arange(len(corpus.pictures)), model.config.side)
+    codes, done = np.empty((len(views), model.config.grid**2), np.uint16), 0
+    device = next(model.parameters()).device
+    for image_BcHW in DataLoader(views, CODED_AT_ONCE, num_workers=workers):
+        start, done = done, done + len(image_BcHW)
+        codes[start:done] = model.encode(image_BcHW.to(device)).cpu().numpy()
+        tell(done, len(views))
+    return codes.reshape(len(corpus.pictures), len(AUGMENTATIONS), -1)
+
+
+def image_codes(folder: Path, corpus: Corpus) -> np.ndarray:
+    """As `load_image_codes`, but of any corpus: those of one that the tokenizer was not trained on are made the first
+    time, under a bar, and kept beside the corpus. Raises UserError.
+    """
+    description = read_description(folder)
+    if description.data == corpus.fingerprint:
+        return load_image_codes(folder, corpus)
+    path = corpus.folder.parent / "cache" / f"codes-{corpus.fingerprint[:16]}-{description.weights[:16]}.npy"
+    try:
+        if not path.exists():
+            with bars() as shown:
+                bar, stored = shown.add_task("picture codes"), io.BytesIO()
+                model = load_image_tokenizer(folder)
+                codes = code_pictures(model, corpus, lambda done, of: shown.update(bar, completed=done, total=of))
+                np.save(stored, codes, allow_pickle=False)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace(path, stored.getvalue())
+        return _checked(np.load(path, mmap_mode="r", allow_pickle=False), path, corpus, description)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be kept there ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not an array of codes ({one_line(str(error))[:200]}); remove it") from None
 
 
 def open_corpus(recipe: Recipe, model: ModelConfig) -> Corpus:
@@ -131,5 +182,5 @@ def open_corpus(recipe: Recipe, model: ModelConfig) -> Corpus:
             raise UserError(
                 f"model.image_codes={model.image_codes} is less than the {entries} codes of {recipe.image_tokenizer}"
             )
-        corpus.codes = load_image_codes(Path(recipe.image_tokenizer), corpus)
+        corpus.codes = image_codes(Path(recipe.image_tokenizer), corpus)
     return corpus

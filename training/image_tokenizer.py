@@ -20,11 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.image_tokens import ImageTokenizer
 from training.data.corpus import Corpus
-from training.data.features import AUGMENTATIONS
 from training.data.views import FixedViews, RandomViews
 from training.errors import UserError
 from training.files import replace
-from training.image_folder import save_image_tokenizer
+from training.image_folder import code_pictures, save_image_tokenizer
 from training.image_recipe import ImageTokenizerRecipe
 from training.measures.images import psnr, ssim
 from training.perceptual import PerceptualLoss
@@ -55,7 +54,7 @@ def train_image_tokenizer(recipe: ImageTokenizerRecipe, folder: Path, report: Re
             report("training", int(record["step"]), recipe.steps, record)
     model.eval().requires_grad_(False)
     measures = _measure(model, corpus, recipe)
-    codes = _code(model, corpus, recipe, report)
+    codes = code_pictures(model, corpus, lambda done, of: report("coding pictures", done, of, {}), recipe.workers)
     replace(folder / SHEET, _sheet(model, corpus, recipe))
     save_image_tokenizer(folder, model.cpu(), codes, recipe, corpus, objective.feature_network, measures)
     return measures
@@ -128,19 +127,6 @@ def _batches(views: Dataset[Tensor], recipe: ImageTokenizerRecipe, device: torch
     loader = DataLoader(views, recipe.batch, num_workers=recipe.workers, pin_memory=device.type == "cuda")
     for image_BcHW in loader:
         yield image_BcHW.to(device, non_blocking=True)
-
-
-@torch.inference_mode()
-def _code(model: ImageTokenizer, corpus: Corpus, recipe: ImageTokenizerRecipe, report: Report) -> np.ndarray:
-    """Codes [pictures, K, P] of all pictures of the corpus, in its order."""
-    views = FixedViews(corpus, np.arange(len(corpus.pictures)), recipe.model.side)
-    codes = np.empty((len(views), recipe.model.grid**2), np.uint16)
-    done = 0
-    for image_BcHW in _batches(views, recipe, _device(model)):
-        start, done = done, done + len(image_BcHW)
-        codes[start:done] = model.encode(image_BcHW).cpu().numpy()
-        report("coding pictures", done, len(views), {})
-    return codes.reshape(len(corpus.pictures), len(AUGMENTATIONS), -1)
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from training.data.features import as_array, augmented
 from training.data.tasks.contrast import picture_words, rare_words
 from training.data.tokenizer import Tokenizer
 from training.files import replace
-from training.rivals.ridge import FLAGS
+from training.rivals.ridge import nameable_rows
 
 SIDE = 64  # px
 CHANNELS = (32, 64, 128, 256)
@@ -92,7 +92,7 @@ def train_judge(corpus: Corpus, advance: Advance = lambda done, of: None) -> Jud
     """Minutes of one core."""
     random = np.random.default_rng(SEED)
     torch.manual_seed(SEED)
-    rows = [int(row) for row in corpus.picture_rows("train") if corpus.picture(int(row)).group != FLAGS]
+    rows = nameable_rows(corpus, "train")
     views, words_NW = _views(corpus, rows), _words(corpus, rows)
     judge = Judge(corpus.tokenizer.vocab_size).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=DECAY)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from training import checkpoint, checkpoint_files, ds_config, states
+from training.background import background_for
 from training.data.batches import Collator, StepBatches
 from training.data.order import GlobalOrder, training_order
 from training.delink import Plateau, is_delinked
@@ -22,9 +23,12 @@ from training.evaluate import Validation
 from training.heartbeat import Heartbeat
 from training.image_folder import open_corpus
 from training.meter import Meter, host_bytes
+from training.own_data import check_usable
+from training.parent import Parent
 from training.peak import matmul_flops
 from training.recipe import Recipe, parse_recipe
 from training.run import (
+    BACKGROUND,
     CHECKPOINTS,
     RANKS,
     SWAP,
@@ -81,7 +85,13 @@ class Training:
         check_alike(self.config.values)
         if recipe.delink.wanted:
             self._check_later(recipe.delinked(), world)
+        parent = Parent.to_begin(recipe) if recipe.start and not found else None
+        checkpoint.on_first_rank(lambda: open_corpus(recipe, self.config.model))  # which may have codes to make
         self.corpus = open_corpus(recipe, self.config.model)
+        if parent:
+            check_usable(self.corpus, parent.path, parent.manifest, parent.recipe)
+        background = background_for(self.folder, parent, recipe, self.corpus)
+        self.corpus.rarity = background.rarity if background else None
         collate = Collator(self.corpus, self.config.model, recipe.block)
         order = training_order(self.corpus, recipe)
         self.batches = StepBatches(order, collate, self.config.micro_batch, self.rank, world)
@@ -97,6 +107,8 @@ class Training:
         dist.barrier()  # every rank has checked before one of them writes
         if self.rank == 0:
             tell_changes(self.folder, self.config)
+            if parent and background:
+                background.save(self.folder / BACKGROUND)
             record_settings(self.folder, self.whole, self.config)
         self.host_bytes_before = host_bytes()
         self.engine = Engine(self.config, recipe.seed)
@@ -105,6 +117,8 @@ class Training:
         retention = checkpoint_files.Retention(recipe.keep, recipe.keep_every)
         self.saver = checkpoint.Saver(self.folder / CHECKPOINTS, retention, recipe.save_buffer, self.heartbeat.get_on)
         self.saved_step: int | None = None  # that of the newest checkpoint, once it is whole
+        if parent:
+            checkpoint.begin(self.engine, parent, self.heartbeat.get_on)
         self.step, manifest = self._restore(found) if found else (0, {})
         self.evaluation_due = manifest.get("evaluation_due", not found)
         self.guard = Safeguard(**manifest.get("safeguard", {}))
@@ -122,6 +136,10 @@ class Training:
             left = max(recipe.steps - self.step, 0)
             rest = f"{left:,} steps are left" if left else "nothing is left to do, unless steps is raised"
             self._tell("resumed", f"{rest}, from {found.path}")
+        if parent:
+            counts = self.config.model.parameter_counts()
+            trained = f"{counts.of(self.config.trained):,} of {counts.total:,} parameters are trained"
+            self._tell("begun", f"with the weights of {parent.path}; {trained}")
         if before or (self._is_delinked(found) and self.tracker and not self.tracker.has_told("delinked")):
             self._tell("delinked", f"each of {self.config.model.layers} layers has its own weights from now on")
         self.stop.begin()
@@ -308,6 +326,8 @@ class Training:
 
     def evaluate(self) -> None:
         self.evaluation_due = True
+        if self.tracker:
+            self.tracker.evaluating()
         with self.heartbeat.during("evaluating"):
             losses = self.validation.losses(self.engine)
             samples = self.validation.samples(self.engine)
@@ -331,6 +351,7 @@ class Training:
             "counters": self.meter.counters(),
             "tokenizer": self.corpus.tokenizer.sha256,
             "data": self.corpus.fingerprint,
+            "feature_network": self.corpus.feature_network_sha256,
             "tracker": self.tracker.state() if self.tracker else None,
             "evaluation_due": self.evaluation_due,
         }
@@ -373,6 +394,7 @@ class Training:
         counts = self.config.model.parameter_counts()
         return {
             "parameters/total": counts.total,
+            "parameters/trained": counts.of(self.config.trained),
             "parameters/active": counts.active,
             "device": get_accelerator().device_name(),
             "ranks": dist.get_world_size(),

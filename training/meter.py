@@ -59,7 +59,8 @@ class Meter:
         seconds, self.last = now - self.last, now
         self.tokens += result.tokens
         kept = int(result.routing[:, :, 1].sum()) if result.routing.shape[-1] else None
-        flops = self.engine.config.model.training_flops(result.tokens, result.said, kept)
+        config = self.engine.config
+        flops = config.model.training_flops(result.tokens, result.said, kept, config.trained)
         self.window = result.routing if self.window is None else self.window + result.routing
         return {
             "position": position,

@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from model.config import ModelConfig
+from model.parts import ADAPTERS, WHOLE
 from training.errors import UserError
 
 DEVICE, CPU, NVME = TIERS = ("device", "cpu", "nvme")  # the warmest first
 OUTSIDE = "outside"  # the embeddings, the image's input, the last norm, the bags
 AUTO = "auto"
 PARAMETERS, OPTIMIZER = KINDS = ("parameters", "optimizer")
+IN_LAYERS = ("attention", "norms", "routers", "experts", ADAPTERS)  # parts of the model; norms are outside, too
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,38 @@ class Elements:
 
     outside: int
     layers: tuple[int, ...]
+    trained: tuple[int, ...] = ()  # how many of them, in the same order, are not frozen; (): all
 
     @staticmethod
-    def of(model: ModelConfig, parallel: int, world: int) -> Elements:
-        """Of `model` on `world` ranks, `parallel` of which share one set of experts; shards' padding is left out."""
+    def of(model: ModelConfig, parallel: int, world: int, trained: Collection[str] = WHOLE) -> Elements:
+        """Of `model` on `world` ranks, `parallel` of which share one set of experts; shards' padding is left out.
+
+        `trained`: the parts of the model that are.
+        """
         counts, physical = model.parameter_counts(), 1 if model.share_layers else model.layers
-        experts = counts.experts if model.experts else 0
-        common = counts.attention + counts.norms - 2 * model.hidden + counts.routers + counts.experts - experts
-        layer = math.ceil(common / physical / world) + math.ceil(experts / physical / world)
-        outside = counts.embeddings + counts.image + counts.bags + 2 * model.hidden
-        return Elements(math.ceil(outside / world), (layer,) * physical)
+        outside = {part: getattr(counts, part) for part in ("embeddings", "image", "bags")} | {
+            "norms": 2 * model.hidden
+        }
+        beside_experts = model.experts * model.adapter_parameters[1] * physical
+        experts = {"experts": counts.experts, ADAPTERS: beside_experts} if model.experts else {}
+        common = {part: getattr(counts, part) - outside.get(part, 0) - experts.get(part, 0) for part in IN_LAYERS}
+
+        def shares(parts: Collection[str]) -> list[int]:
+            first, *others = (sum(own[part] for part in own.keys() & parts) for own in (outside, common, experts))
+            layer = sum(math.ceil(count / physical / world) for count in others)
+            return [math.ceil(first / world), *[layer] * physical]
+
+        whole = shares(WHOLE)
+        return Elements(whole[0], tuple(whole[1:]), () if set(trained) >= WHOLE else tuple(shares(trained)))
 
     def __iter__(self) -> Iterator[int]:
         yield self.outside
         yield from self.layers
+
+    @property
+    def learning(self) -> tuple[int, ...]:
+        """How many are trained, of what is outside and of each layer."""
+        return self.trained or tuple(self)
 
 
 @dataclass(frozen=True)
@@ -136,10 +156,12 @@ class Placement:
     def bytes(self, elements: Elements, sizes: Sizes) -> dict[str, dict[str, int]]:
         """Resident bytes of a rank by tier and kind."""
         found = {tier: dict.fromkeys(KINDS, 0) for tier in TIERS}
-        for count, weights, states in zip(elements, self.parameters, self.optimizer, strict=True):
+        for count, own, weights, states in zip(
+            elements, elements.learning, self.parameters, self.optimizer, strict=True
+        ):
             found[weights][PARAMETERS] += count * sizes.weight
             for tier, size in sizes.optimizer(weights, states).items():
-                found[tier][OPTIMIZER] += count * size
+                found[tier][OPTIMIZER] += own * size
         return found
 
     def device_bytes(self, elements: Elements, sizes: Sizes) -> int:

@@ -64,7 +64,9 @@ class Pair:
 
 
 def picture_rows(corpus: Corpus, split: str) -> list[int]:
-    """Numbers of a split's pictures that the figures are of."""
+    """Numbers of a split's pictures that the figures are of: of imported data, all."""
+    if corpus.imported:
+        return corpus.picture_rows(split).tolist()
     return [row for row in corpus.picture_rows(split, style=STYLE).tolist() if corpus.picture(row).group != FLAGS]
 
 
@@ -278,14 +280,14 @@ def measure_texts(m: M6, texts: Sequence[tuple[str, str]]) -> Report:
 
 def bits_a_character(bits: np.ndarray, texts: Sequence[str]) -> Report:
     """Given the bits of each text."""
-    found = bootstrap(-bits, _numbers(texts), _lengths(texts))
+    found = bootstrap(-bits, _numbers(texts), lengths(texts))
     return {"bits_per_character": -found.value, "interval": [-found.high, -found.low], "n": len(texts)}
 
 
 def beside_ngram(bits: np.ndarray, seen: Sequence[str], texts: Sequence[str]) -> Report:
     """The same texts by a character 5-gram that was trained on `seen`, and how many bits a character it needs more."""
     rival = CharacterNgram(seen).bits(texts)
-    above = paired_bootstrap(rival, bits, _numbers(texts), _lengths(texts))
+    above = paired_bootstrap(rival, bits, _numbers(texts), lengths(texts))
     return bits_a_character(rival, texts) | {"trained_on_characters": sum(map(len, seen)), "above_run": vars(above)}
 
 
@@ -293,7 +295,7 @@ def _numbers(texts: Sequence[str]) -> list[str]:
     return [str(number) for number in range(len(texts))]
 
 
-def _lengths(texts: Sequence[str]) -> np.ndarray:
+def lengths(texts: Sequence[str]) -> np.ndarray:
     return np.array([len(clean_lines(text.splitlines())) for text in texts], float)
 
 

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from model.config import PRESETS, ModelConfig
+from model.parts import ADAPTERS, PARTS, WHOLE
 from training.errors import UserError
 
 # Said in the ds_config's "m6" block, beside the parallelism that they belong to.
@@ -67,6 +68,7 @@ def one_of(names: Collection[str]) -> AfterValidator:
 
 
 Task = Annotated[str, one_of(TASK_NAMES)]
+Part = Annotated[str, one_of(PARTS)]
 
 
 class Section(BaseModel):
@@ -137,8 +139,34 @@ class Delink(Section):
         return self.after > 0 or self.flat > 0
 
 
+# What delinking keeps.
+FIXED = ("model", "data", "seed", "delink", "start", "tune")
+
+
+class Start(Section):
+    """Where fine-tuning begins (`training/parent.py`)."""
+
+    checkpoint: str  # its folder
+    digest: str  # of its manifest, and so of all its files
+    tasks: list[Task]  # that its model has learned
+
+
+class Tune(Section):
+    """What is trained of a model that another run has trained."""
+
+    parts: list[Part] = []  # of the model; none: all of it, or, with adapters, these alone
+    adapter_rank: int = Field(0, ge=0, le=1024)  # of low-rank adapters (`model/adapters.py`); 0: none
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return list(PARTS) if value == "all" else [value] if isinstance(value, str) else value
+
+
 class Recipe(Section):
     model: dict[str, Any]  # {preset: NAME, and any ModelConfig field}
+    start: Start | None = None  # given as a run's name, or the folder of a run or a checkpoint; None: first weights
+    tune: Tune = Tune()
     ds_config: str = "auto"  # a path, or `auto`: by what this machine has
     ds: dict[str, Any] = {}  # overrides of the ds_config, e.g. ds.expert_parallel.autoep_size=1
     data: str = "data"
@@ -177,6 +205,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _builds(self) -> Recipe:
         config = self.model_shape()
+        self._check_tuned(config)
         if self.text_positions > config.max_positions:
             raise ValueError(f"text_positions={self.text_positions} is more than max_positions={config.max_positions}")
         if self.delink.wanted:
@@ -192,6 +221,31 @@ class Recipe(Section):
             raise ValueError("delink.then: it is not said when; set delink.after or delink.flat")
         return self
 
+    def _check_tuned(self, config: ModelConfig) -> None:
+        """Raises ValueError where what is to be trained is not there, or learns nothing."""
+        if self.start is None and self.tune != Tune():
+            raise ValueError("tune: it is of a model that a run has trained; say which by start (m6 train --from RUN)")
+        counts = config.parameter_counts()
+        for part in self.tune.parts:
+            if not getattr(counts, part):
+                raise ValueError(f"tune.parts: the model has no {part}; leave them out")
+        if self.tune.adapter_rank and set(PARTS) == set(self.tune.parts):
+            raise ValueError("tune.adapter_rank: all of the model is trained (tune.parts): leave one of the two out")
+        if self.trained == {"bags"} and "contrast" not in self.tasks:
+            raise ValueError("tune.parts: bags learn by task contrast alone: add it to the tasks, or train other parts")
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The parts of the model (`model/parts.py`) that are trained; the others are frozen."""
+        if not self.tune.parts and not self.tune.adapter_rank:
+            return WHOLE
+        return frozenset(self.tune.parts) | ({ADAPTERS} if self.tune.adapter_rank else set())
+
+    @property
+    def learned(self) -> set[str]:
+        """The tasks of this training, and those that the model had learned when it began."""
+        return {*self.tasks, *(self.start.tasks if self.start else ())}
+
     @property
     def block(self) -> int:
         """Rows that must be on one rank, in one micro-batch."""
@@ -200,7 +254,7 @@ class Recipe(Section):
     def delinked(self) -> Recipe:
         """That of the training after the layers have got their own weights. Raises UserError."""
         then = dict(leaves(self.delink.then))
-        if fixed := [key for key in then if key.split(".")[0] in ("model", "data", "seed", "delink")]:
+        if fixed := [key for key in then if key.split(".")[0] in FIXED]:
             raise UserError(f"delink.then.{fixed[0]}: delinking keeps it")
         values = self.model_dump(mode="json") | {"delink": {}}
         for key, value in then.items():
@@ -223,11 +277,13 @@ class Recipe(Section):
         for name in fields:
             if name in DS_CONFIG_KEYS:
                 raise ValueError(f"model.{name}: capacity is set in the ds_config (ds.m6.{name}=…)")
+            if name == "adapter_rank":
+                raise ValueError("model.adapter_rank: adapters are set by tune.adapter_rank")
             if name not in known:
                 raise ValueError(f"model.{name} is unknown{nearest(name, known)}")
         base = dataclasses.asdict(PRESETS[preset].config) if preset else {}
         try:
-            shape = _SHAPE.validate_python(base | fields)
+            shape = _SHAPE.validate_python(base | fields | {"adapter_rank": self.tune.adapter_rank})
         except ValidationError as error:
             raise ValueError(f"model.{_first_problem(error, _SHAPE.json_schema())}") from None
         for name, value in dataclasses.asdict(shape).items():

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from model.parts import part_of
 from model.routing import Router
 from training import absent, ds_config, rank_memory
 from training.data.batches import Batch, Batcher
@@ -47,11 +48,6 @@ from training.schedule import learning_rate
 from training.traffic import Traffic, counted
 
 TIMED_STEPS, TIMED_SECONDS = 3, 10.0  # at the most; but one step however long
-# Words in a parameter's name, and the component of `ParameterCounts` that it belongs to; the first that fits.
-COMPONENTS = {
-    "image.": "image", "bags.": "bags", "norm.": "norms", "router.": "routers", "experts.": "experts",
-    "feed_forward.": "experts", "attention.": "attention",
-}  # fmt: skip
 Tell = Callable[[str], None]
 
 
@@ -159,7 +155,7 @@ class Rehearsal:
         for name, parameter in self.engine.model.named_parameters():
             share = parameter.ds_tensor.ds_numel
             first = parameter.ds_zero_partition_rank * share
-            counts[component(name)] += max(min(share, parameter.ds_numel - first), 0)
+            counts[part_of(name)] += max(min(share, parameter.ds_numel - first), 0)
         return {"total": counts.total(), **counts}
 
     def _tokens(self) -> int:
@@ -178,11 +174,6 @@ class Rehearsal:
             dist.group.WORLD: "world",
         }
         return {group: name for group, name in named.items() if group is not None}
-
-
-def component(name: str) -> str:
-    """That of `ParameterCounts` which a parameter belongs to."""
-    return next((part for word, part in COMPONENTS.items() if word in name), "embeddings")
 
 
 def peak_rss() -> int:

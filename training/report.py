@@ -22,7 +22,7 @@ from training.screen import duration, fact
 from training.tracking import DROPPED
 
 VALIDATION = "loss/validation/"
-QUIET = ("saved", "resumed", "stopped", "delinked")  # events that are no trouble
+QUIET = ("begun", "saved", "resumed", "stopped", "delinked")  # events that are no trouble
 ROUTING = {  # what is charted of it: title, and what that means
     "moe/drop_rate": ("assignments dropped", DROPPED),
     "moe/load_cv": ("load variation (CV)", "standard deviation of the experts' load over its mean; 0 where it is even"),
@@ -157,8 +157,10 @@ def tiles(steps: list[Record], facts: Record) -> list[Tile]:
         energy(steps),
     ]
     if "parameters/total" in facts:
-        active = facts.get("parameters/active")
+        active, trained = (facts.get(f"parameters/{name}") for name in ("active", "trained"))
         note = f"{compact(active)} active a token" if active else ""
+        if trained and trained < facts["parameters/total"]:
+            note = f"{compact(trained)} trained ({trained / facts['parameters/total']:.1%})"
         head.insert(0, Tile("Parameters", compact(facts["parameters/total"]), note))
     return head
 

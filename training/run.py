@@ -25,6 +25,7 @@ from training.records import Record, read_json, read_lines
 FOLDER = Path("runs")
 RECIPE, DS_CONFIG, CHECKPOINTS, SWAP, LOCK = "recipe.yaml", "ds_config.json", "checkpoints", "swap", ".lock"
 RANKS, INCIDENTS = ".ranks", "incidents"  # how far each rank is; what a supervisor saw
+BACKGROUND = "background.safetensors"  # what finding goes by beside the weights; of a fine-tuned run, or in an export
 PLAN = "plan.json"  # what a planner foretold, of each of the run's stages
 
 # What a resumed run may do otherwise: go on longer, elsewhere, watched differently. The ds_config may change too, and

@@ -20,7 +20,7 @@ from training.data.order import random_at, shuffled
 from training.data.tasks.ask import Ask
 from training.data.tasks.contrast import word_rarity
 from training.evaluation import Drawing, Hit, Saying, Search, picture_uri
-from training.image_folder import load_image_codes, load_image_tokenizer
+from training.image_folder import image_codes, load_image_tokenizer
 from training.judge import Judge
 from training.painting import Hand
 from training.quality import SEED, Pair
@@ -159,8 +159,8 @@ class Nearest:
     """
 
     def __init__(self, corpus: Corpus, folder: Path):
-        """`folder`: of the image tokenizer. Raises UserError if it is not whole, or of another corpus."""
-        self.painter, self.codes = load_image_tokenizer(folder), load_image_codes(folder, corpus)
+        """`folder`: of the image tokenizer. Raises UserError if it is not whole."""
+        self.painter, self.codes = load_image_tokenizer(folder), image_codes(folder, corpus)
         self.rows = corpus.picture_rows("train")
         self.vectors_ND = self._vectors(_int64(self.codes[self.rows]).flatten(0, 1))
 

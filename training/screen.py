@@ -75,6 +75,11 @@ class Screen:
             task = self._live.task_ids[0]
             self._live.update(task, completed=step, numbers=numbers(record, left))
 
+    def doing(self, what: str) -> None:
+        """What is done between steps, in the place of the last step's figures."""
+        if self._live:
+            self._live.update(self._live.task_ids[0], numbers=what)
+
     def log(self, step: int, summary: Record, left: float | None) -> None:
         if not self._live:
             self.say(f"step {step}/{self._steps}  {numbers(summary, left)}")

@@ -3,7 +3,8 @@
 Every parameter's fp32 master and Adam moments are one flat tensor each, of which a rank holds its ZeRO partition, a
 1-D slice; the experts of one layer form one tensor over all expert-parallel ranks. The parts lie in memory, on the
 device, in the swap files of NVMe offload, or in the codes of 8-bit states (`training/compact_adam.py`), which are read
-and written as the fp32 values that they stand for.
+and written as the fp32 values that they stand for. So is a frozen weight, of which there is nothing but what layers
+compute with.
 
 DeepSpeed's public accessors (`safe_get_local_fp32_param` and its like) read and write a whole sub-group of parameters
 from NVMe for each one asked for; so this goes by sub-groups, and reads swap files as the files they are.
@@ -23,6 +24,7 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from training.compact_adam import CompactAdamW
+from training.granular import tiers_of
 from training.placement import CPU, KINDS, NVME, OPTIMIZER, PARAMETERS, TIERS
 
 if TYPE_CHECKING:
@@ -59,26 +61,34 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Partition:
-    """A parameter's ZeRO partition on this rank: `numel` real elements (no padding) at `start` of its sub-group."""
+class Share:
+    """A parameter's ZeRO partition on this rank: `numel` real elements (no padding) from `offset` of `length`."""
 
     name: str
-    group: int
-    start: int
     numel: int
     offset: int
     length: int
 
 
+@dataclass(frozen=True)
+class Partition(Share):
+    """That of a trained parameter, at `start` of its sub-group."""
+
+    group: int
+    start: int
+
+
 def parts(engine: Engine) -> list[Part]:
-    """All of this rank's state as it lies, sub-group by sub-group; nothing is read or copied."""
-    return [part for group in partitions_by_group(engine).values() for part in _parts(engine, group)]
+    """All of this rank's state as it lies, sub-group by sub-group, then what is frozen; nothing is read or copied."""
+    trained = [part for group in partitions_by_group(engine).values() for part in _parts(engine, group)]
+    return trained + [_part(share, MASTER, _frozen_source(p, share.numel)) for p, share in _shares(engine, frozen=True)]
 
 
 def resident(engine: Engine, kinds: tuple[str, ...]) -> Iterator[list[tuple[Part, Tensor]]]:
     """The parts of `kinds` with their values in memory, one sub-group after the other; what is written there stays.
 
-    One sub-group at a time, since with NVMe offload memory need not hold more. Working copies follow their masters.
+    One sub-group at a time, since with NVMe offload memory need not hold more, and then one frozen weight at a time.
+    Working copies follow their masters.
     """
     optimizer = engine.deepspeed.optimizer
     if MASTER in kinds:
@@ -96,6 +106,11 @@ def resident(engine: Engine, kinds: tuple[str, ...]) -> Iterator[list[tuple[Part
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(number)
+    if MASTER in kinds:
+        for parameter, share in _shares(engine, frozen=True):
+            values = _frozen_values(parameter, share.numel)
+            yield [(_part(share, MASTER, values), values)]
+            _set_frozen(parameter, values)
 
 
 def partitions_by_group(engine: Engine) -> dict[int, list[Partition]]:
@@ -107,16 +122,21 @@ def partitions_by_group(engine: Engine) -> dict[int, list[Partition]]:
 
 def _partitions(engine: Engine) -> Iterator[Partition]:
     optimizer = engine.deepspeed.optimizer
+    for parameter, share in _shares(engine, frozen=False):
+        group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        yield Partition(**vars(share), group=group, start=int(start))
+
+
+def _shares(engine: Engine, frozen: bool) -> Iterator[tuple[Any, Share]]:
+    """The parameters of which this rank has a share; of those that are frozen, or of those that are trained."""
     parameter: Any  # under ZeRO-3, with attributes that torch does not know
     for name, parameter in engine.model.named_parameters():
         share = parameter.ds_tensor.ds_numel
         first = parameter.ds_zero_partition_rank * share
         real = min(share, parameter.ds_numel - first)  # the last partition is padded, and may be padding only
-        if real > 0:
-            group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        if real > 0 and parameter.requires_grad != frozen:
             size, rank = _expert_parallel(parameter)
-            offset = rank * parameter.ds_numel + first
-            yield Partition(name, group, int(start), real, offset, size * parameter.ds_numel)
+            yield parameter, Share(name, real, rank * parameter.ds_numel + first, size * parameter.ds_numel)
 
 
 def _expert_parallel(parameter: Any) -> tuple[int, int]:
@@ -163,8 +183,50 @@ def _view(flat: Tensor, partition: Partition) -> Tensor:
     return flat.detach().narrow(0, partition.start, partition.numel)
 
 
-def _part(partition: Partition, kind: str, source: Tensor | FileRange | Decoding) -> Part:
-    return Part(f"{partition.name}.{kind}", partition.offset, partition.numel, partition.length, source)
+def _part(share: Share, kind: str, source: Tensor | FileRange | Decoding) -> Part:
+    return Part(f"{share.name}.{kind}", share.offset, share.numel, share.length, source)
+
+
+def _on_disk(parameter: Any) -> bool:
+    return parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
+
+
+def _frozen_source(parameter: Any, numel: int) -> Tensor | FileRange | Decoding:
+    """Where a frozen weight's first `numel` values are to be had, in the precision that layers compute with."""
+    exact, size = parameter.dtype == torch.float32, parameter.element_size()
+    if _on_disk(parameter):
+        path = Path(parameter.nvme_swapper.get_path(parameter, must_exist=True))
+        return FileRange(path, 0, numel * size) if exact else partial(_read_rounded, path, parameter.dtype)
+    values = parameter.ds_tensor.detach().narrow(0, 0, numel)
+    return values if exact else lambda first, count: values[first : first + count].float()
+
+
+def _read_rounded(path: Path, dtype: torch.dtype, first: int, count: int) -> Tensor:
+    """Values of a swap file in 16 bits."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(first * dtype.itemsize)
+        values = bytearray(file.read(count * dtype.itemsize))
+    if len(values) < count * dtype.itemsize:
+        raise OSError(f"{path}: ends {count * dtype.itemsize - len(values)} bytes too early")
+    return torch.frombuffer(values, dtype=dtype).float()
+
+
+def _frozen_values(parameter: Any, numel: int) -> Tensor:
+    """Room for a frozen weight's fp32 values, which may be where they live."""
+    if _on_disk(parameter) or parameter.dtype != torch.float32:
+        return torch.empty(numel)
+    return parameter.ds_tensor.detach().narrow(0, 0, numel)
+
+
+def _set_frozen(parameter: Any, values: Tensor) -> None:
+    """Let a frozen weight's share begin with these values, unless they are where it lives."""
+    numel = parameter.ds_tensor.ds_numel
+    if _on_disk(parameter):
+        swapper = parameter.nvme_swapper
+        swapper.get_buffer(parameter, numel)[: values.numel()].copy_(values)
+        swapper.swap_out_and_release([parameter])
+    elif values.data_ptr() != parameter.ds_tensor.data_ptr():
+        parameter.ds_tensor[: values.numel()].copy_(values)
 
 
 def swap_damage(engine: Engine) -> str:
@@ -201,12 +263,12 @@ def bytes_by_tier(engine: Engine) -> dict[str, dict[str, int]]:
     """
     optimizer = engine.deepspeed.optimizer
     found = {tier: dict.fromkeys(KINDS, 0) for tier in TIERS}
-    for number, group in enumerate(optimizer.fp16_groups):
-        weights, states = (optimizer.tier(number, kind) for kind in KINDS)
-        for parameter in group:
-            on_disk = parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
-            tier = NVME if on_disk else weights.replace(NVME, CPU)
-            found[tier][PARAMETERS] += parameter.ds_tensor.ds_numel * parameter.element_size()
+    parameter: Any
+    for parameter in engine.model.parameters():
+        tier = NVME if _on_disk(parameter) else tiers_of(parameter)[PARAMETERS].replace(NVME, CPU)
+        found[tier][PARAMETERS] += parameter.ds_tensor.ds_numel * parameter.element_size()
+    for number in range(len(optimizer.fp16_groups)):
+        states = optimizer.tier(number, OPTIMIZER)
         held = [optimizer.gradient_sums[number], optimizer.fp32_partitioned_groups_flat[number].grad]
         flat = optimizer.fp16_partitioned_groups_flat[number]
         if optimizer._swappable_optimizer_subgroup(number):

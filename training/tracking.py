@@ -102,6 +102,10 @@ class Tracker:
             self._write(summary)
             self._screen.log(step, summary, left)
 
+    def evaluating(self) -> None:
+        """Say so on the terminal: it may take as long as many steps."""
+        self._screen.doing("evaluating")
+
     def routing(self, step: int, load: dict[str, list[list[list[int]]]]) -> None:
         """Keep where the tokens went: `wanted` and `kept` assignments, [layers][image, text][experts]."""
         self._keep("routing.json", {"step": step, **load})
@@ -111,8 +115,11 @@ class Tracker:
         """Record validation losses, as `loss/validation/<task>`, on a line of their own."""
         self._time_left.evaluated()
         self._write({"step": step, **losses})
-        shown = (f"{key.removeprefix('loss/validation/')} {value:.3f}" for key, value in losses.items())
-        self._screen.say(f"step {step}: validation loss {', '.join(shown)}")
+        shown = {key.removeprefix("loss/validation/"): f"{value:.3f}" for key, value in losses.items()}
+        told = [f"validation loss {', '.join(f'{task} {loss}' for task, loss in shown.items())}"] if shown else []
+        if lacking := ", ".join(sorted(self._recipe.tasks.keys() - shown.keys())):
+            told.append(f"the corpus has nothing in its validation split for {lacking}")
+        self._screen.say(f"step {step}: {'; '.join(told)}")
         self._pages.evaluated(step)
 
     def samples(self, step: int, samples: list[Sample]) -> None:

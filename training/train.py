@@ -21,7 +21,8 @@ from training.errors import LEFT, LOST_PEER, MISTAKE, RESTARTABLE, RestartableEr
 from training.extensions import prepare_extensions
 from training.heartbeat import Heartbeat
 from training.loop import Training
-from training.recipe import load_recipe
+from training.parent import load_recipe
+from training.run import run_folder
 from training.start import init_distributed
 from training.stopping import StopRequested, answer
 
@@ -54,7 +55,8 @@ def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:
     training = None
     try:
         overrides = arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
-        recipe = load_recipe(arguments.recipe, overrides)
+        resumed = run_folder(arguments.name) if arguments.resume else None
+        recipe = load_recipe(arguments.recipe, overrides, resumed)
         prepare_extensions()
         init_distributed()
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))

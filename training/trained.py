@@ -23,7 +23,7 @@ from model.decoding import Decoding, generate, score
 from model.image_tokens import ImageTokenizer
 from model.m6 import M6 as Network
 from model.trie import Trie
-from training.background import Background
+from training.background import Background, background_of
 from training.data.batches import Batch
 from training.data.corpus import FEATURE_NETWORK, TOKENIZER, Corpus
 from training.data.features import PatchFeatures
@@ -35,12 +35,13 @@ from training.data.tasks.match import NO, YES, match_question
 from training.data.tokenizer import Tokenizer
 from training.embedding import Embeddings, standard_scores
 from training.errors import UserError, told_as_mistake
-from training.export import BACKGROUND, CONFIG, fits, load_checkpoint, load_exported, read_description, weights_of
+from training.export import CONFIG, fits, load_checkpoint, load_exported, read_description, weights_of
 from training.image_folder import load_image_tokenizer
+from training.own_data import check_usable
 from training.painting import Hand, Painting, Region
 from training.prompts import Picture, Prompts, Whole, as_seen, cleaned_text
 from training.recipe import Recipe
-from training.run import checkpoints_of, chosen_checkpoints
+from training.run import BACKGROUND, checkpoints_of, chosen_checkpoints
 from training.writing import Style, Writing, prompted
 
 ASK = {"zh": ASK_NAME, "en": ASK_ENGLISH, "tags": ASK_TAGS}
@@ -79,9 +80,10 @@ class M6:
     ) -> M6:
         """From a run (a name under runs/, or its folder), one of its checkpoints' folders, or an export.
 
-        `step`: the checkpoint of this step, else the newest; `data`: the corpus' home, for its tokenizer and feature
-        network, else that of the run's recipe; `max_memory`: what an export may take, as for `load_exported`: the rest
-        stays on the disk, as does what does not fit if it is not given. Raises UserError.
+        `step`: the checkpoint of this step, else the newest; `data`: the home of a corpus, for its tokenizer and
+        feature network, which must be those of the run's own; else that of the run's recipe. Adapters are merged.
+        `max_memory`: what an export may take, as for `load_exported`: the rest stays on the disk, as does what does not
+        fit if it is not given. Raises UserError.
         """
         folder = Path(run)
         if (folder / CONFIG).is_file():
@@ -91,10 +93,9 @@ class M6:
         place = chosen_checkpoints(checkpoints_of(run), step)[-1]
         network, recipe, manifest = load_checkpoint(place)
         corpus = Corpus.open(data or recipe.data)
-        if corpus.fingerprint != manifest["data"] or corpus.tokenizer.sha256 != manifest["tokenizer"]:
-            raise UserError(f"{place}: it was trained on other data than {corpus.folder}; give its own with --data")
+        check_usable(corpus, place, manifest, recipe)
         features = PatchFeatures(corpus.feature_network) if recipe.model_shape().image_input == "features" else None
-        background = partial(Background.of, corpus, network.config)
+        background = partial(background_of, place, manifest, recipe, corpus)
         return cls(network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe, background)
 
     @classmethod
@@ -308,7 +309,7 @@ class M6:
 
     def learned(self, task: str) -> bool:
         """Whether it is known to have been trained on a task, or may have been: an export does not say."""
-        return self.recipe is None or task in self.recipe.tasks
+        return self.recipe is None or task in self.recipe.learned
 
     def needs(self, task: str) -> None:
         if not self.learned(task):

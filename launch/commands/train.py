@@ -10,6 +10,7 @@ from launch.commands.options import HOSTFILE, MASTER_PORT, NODE_RANK, PATH
 @click.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--recipe", required=True, type=PATH, help="What is trained: launch/recipes/*.yaml.")
+@click.option("--from", "start", help="Fine-tune a run: a name under runs/, or the folder of a run or a checkpoint.")
 @click.option("--name", help="The run's folder is runs/NAME; the recipe's file name if not given.")
 @click.option("--data", "folder", type=PATH, help="The data's home; the recipe's `data` if not given.")
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
@@ -38,6 +39,7 @@ from launch.commands.options import HOSTFILE, MASTER_PORT, NODE_RANK, PATH
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
+    start: str | None,
     name: str | None,
     folder: Path | None,
     resume: bool,
@@ -59,7 +61,9 @@ def train(
     from launch.nodes import Place
     from launch.run import TrainingRun, launch
     from launch.supervisor import Supervision
+    from training.parent import GIVEN
 
+    overrides = (*overrides, *([f"{GIVEN}{start}"] if start else []))
     run = TrainingRun(recipe, overrides, name or recipe.stem, folder, resume, allow_change, cluster)
     place = Place(ranks, hostfile, node_rank, master_port)
     return launch(run, place, dry_run, Supervision(restarts, grace) if supervise else None)

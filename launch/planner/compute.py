@@ -20,18 +20,25 @@ def add_flops(terms: Terms, job: Job) -> Term:
     """FLOPs of a step: `flops.model` without recomputation, `flops.hardware` with it; returns the latter."""
     shape, layout = job.shape, job.layout
     scores = terms.add(
-        "flops.scores", "4 * layers * seq * hidden * (0.5 if fused else 1)", "FLOPs a token, forward",
+        "flops.scores", "4 * layers * seq * attended * (0.5 if fused else 1)", "FLOPs a token, forward",
         "[1] appendix; fused kernels leave half of a causal mask out", layers=shape.layers, seq=shape.seq,
-        hidden=shape.hidden, fused=shape.fused_attention,
+        attended=shape.attended, fused=shape.fused_attention,
     )  # fmt: skip
     terms.add(
-        "flops.model", "3 * tokens * (2 * matrices + 2 * targets * head + 4 * layers * seq * hidden)", "FLOPs a step",
+        "flops.model", "3 * tokens * (2 * matrices + 2 * targets * head + 4 * layers * seq * attended)", "FLOPs a step",
         "[1] appendix: backward takes twice forward; scores counted in full, as published figures do",
         tokens=job.tokens, matrices=shape.matrices, head=shape.head, targets=shape.targets, layers=shape.layers,
-        seq=shape.seq, hidden=shape.hidden,
+        seq=shape.seq, attended=shape.attended,
     )  # fmt: skip
-    selective = "(2 * matrices + scores) / 2" if shape.fused_attention else "scores"
-    again = {"none": "0", "selective": selective, "full": "2 * matrices + scores"}[layout.recompute]
+    again = {
+        "none": "0", "selective": "scores", "alternate": "(2 * matrices + scores) / 2", "full": "2 * matrices + scores",
+    }[layout.recompute]  # fmt: skip
+    terms.add(
+        "flops.wide", "tokens * ((4 if again else 3) * scores + 6 * targets * head)", "FLOPs a step",
+        "scores and head are of 16 bits also where the other products are of 8 (Transformer Engine: linear layers)",
+        tokens=job.tokens, again=layout.recompute in ("selective", "full"), scores=scores, targets=shape.targets,
+        head=shape.head,
+    )  # fmt: skip
     return terms.add(
         "flops.hardware", f"tokens * (3 * (2 * matrices + 2 * targets * head + scores) + {again})", "FLOPs a step",
         "[1] appendix; [2] section 5", tokens=job.tokens, matrices=shape.matrices, head=shape.head,
@@ -44,21 +51,26 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
     shape, layout = job.shape, job.layout
     products = terms.add(
         "step.products",
-        "(flops + (not balanced) * (pp - 1) * 6 * all_tokens * targets * head) / (devices * micro_batches * peak * "
-        "matmul)", "s a micro-batch",
+        "((flops - wide) / peak + (wide + (not balanced) * (pp - 1) * 6 * all_tokens * targets * head) / wide_peak) / "
+        "(devices * micro_batches * matmul)", "s a micro-batch",
         "of the last stage, which the others wait for: it has the head besides, unless that stands for a layer; share "
-        "of peak: fitted a family", flops=flops, balanced=layout.balanced, pp=layout.pp, all_tokens=job.tokens,
-        targets=shape.targets, head=shape.head, devices=layout.devices, micro_batches=layout.micro_batches,
-        peak=machine.peak(layout.precision), matmul=machine.family.matmul,
+        "of peak: fitted a family", flops=flops, wide=terms["flops.wide"],
+        balanced=layout.balanced, pp=layout.pp, all_tokens=job.tokens, targets=shape.targets, head=shape.head,
+        devices=layout.devices, micro_batches=layout.micro_batches,
+        peak=machine.peak(layout.precision),
+        wide_peak=machine.peak("bf16" if layout.precision == "fp8" else layout.precision),
+        matmul=machine.family.matmul,
     )  # fmt: skip
     passes = PASSES + (2 if layout.recompute == "full" else 0)
     stored = terms.add(
         "step.stored",
         "size / 2 * (hidden * ((18 + 4 * width) / tp if sequence_parallel else 10 + (8 + 4 * width) / tp) "
-        "+ 5 * heads * seq / tp * scores)", "B a token and layer",
-        "[2] section 4, of 16 bits: what a layer stores, its feed-forward layer `width` wide", size=layout.weight_bytes,
+        "+ 5 * heads * seq / tp * scores * (1.5 if scores_again else 1))", "B a token and layer",
+        "[2] section 4, of 16 bits: what a layer stores, its feed-forward layer `width` wide; scores that alone are "
+        "recomputed go through memory six times for four", size=layout.weight_bytes,
         width=shape.width, hidden=shape.hidden, tp=layout.tp, sequence_parallel=layout.sequence_parallel,
         heads=shape.heads, seq=shape.seq, scores=0 if shape.fused_attention else 1,
+        scores_again=layout.recompute == "selective",
     )  # fmt: skip
     activations = terms.add(
         "step.activations", "passes * tokens * layers / pp * stored / (bandwidth * share)", "s a micro-batch",
@@ -94,12 +106,21 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
         hidden=shape.hidden, layers=shape.expert_layers, pp=layout.pp, peak=machine.peak(layout.precision),
         matmul=machine.family.matmul,
     )  # fmt: skip
+    written = terms.add(
+        "step.masks",
+        "einsum * (22 * (2 if recomputed else 1) + 16) * tokens**2 * rows * layers / pp / (bandwidth * share)",
+        "s a micro-batch", "[3] section 3.2: the masks themselves, of tokens x places, in fp32, as bits and in 16 bits",
+        einsum=layout.einsum_dispatch, recomputed=layout.recompute == "full", tokens=job.micro_tokens, rows=shape.rows,
+        layers=shape.expert_layers, pp=layout.pp, bandwidth=machine.device_bandwidth, share=machine.family.memory,
+    )  # fmt: skip
     matrices = terms.add(
         "step.matrices", "(products**p + weights**p)**(1/p)", "s a micro-batch",
         "of one product the longer of multiplying and reading counts; of many, a p-norm", products=products,
         weights=weights, p=BUILT_OVERLAP,
     )  # fmt: skip
-    device = terms.total("step.device_work", "s a micro-batch", [matrices, activations, experts, logits, masks])
+    device = terms.total(
+        "step.device_work", "s a micro-batch", [matrices, activations, experts, logits, masks, written]
+    )
     launches = terms.add(
         "step.launches", "passes * layers / pp * seconds", "s a micro-batch",
         "the host's time to start a layer's kernels and hooks, which bounds small micro-batches: assumed",

@@ -6,6 +6,7 @@ lists; all else here is published, or said to be an assumption.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,10 +47,10 @@ ROUTED_SHARE = 0.9
 
 OTHER_NETWORK = 0.4  # about the middle of the fitted ones
 FAMILIES = {
-    "V100": Family(0.68, 0.90, 0.32, "MLM20-V, ZINF, BSV"),
-    "A100": Family(0.77, 0.57, 0.35, "MLM21, MLM20-A, KOR, AZ, BSA, DSMOE"),
-    "H100": Family(0.53, 0.37, 0.55, "MCH100, MXTRL, Q235-1, BR-1, TT-2t, MLP-1"),
-    "B200": Family(0.55, 0.22, 0.40, "BR-2, BR-3"),
+    "V100": Family(0.63, 1.00, 0.42, "MLM20-V, ZINF, BSV"),
+    "A100": Family(0.75, 0.57, 0.37, "MLM21, MLM20-A, KOR, AZ, BSA, DSMOE"),
+    "H100": Family(0.55, 0.37, 0.42, "MCH100, MXTRL, Q235, BR-1, TT-2t, MLP-1, MLP-4, RUN-1"),
+    "B200": Family(0.62, 0.23, 0.42, "BR-2, BR-3"),
     # Of rates that were measured, not of a data sheet. Between machines nothing was fitted.
     "CPU": Family(0.70, 0.106, OTHER_NETWORK, "benchmarks/plan_here.md", 0.153),
 }
@@ -57,10 +58,8 @@ OTHER_FAMILY = Family(0.6, 0.6, OTHER_NETWORK, "")  # about the middle of the fi
 
 
 def family(device: str) -> Family:
-    """The constants of a device by its name. H200 and H800 count as H100, GB200 as B200."""
-    name = device.upper()
-    if "H200" in name or "H800" in name:
-        return FAMILIES["H100"]
+    """The constants of a device by its name. H200 and H800 count as H100, GB200 and B300 as B200."""
+    name = re.sub("H[28]00", "H100", device.upper()).replace("B300", "B200")
     return next((found for word, found in FAMILIES.items() if word in name), OTHER_FAMILY)
 
 

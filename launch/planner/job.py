@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Recompute = Literal["none", "selective", "full"]
+# `selective`: attention's scores (Megatron); `alternate`: every second layer (torchtitan's "selective").
+Recompute = Literal["none", "selective", "alternate", "full"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,15 @@ class Shape:
     expert: float = 0.0  # parameters of one
     expert_layers: int = 0
     rows: float = 0.0  # experts that a token passes through in such a layer
+    head_width: float = 0.0  # of its queries and values, the mean; 0: the heads share out the hidden size
     fused_attention: bool = True  # scores stay on the chip, and masked blocks are left out
-    targets: float = 1.0  # share of the positions that predict, and pass the head
+    targets: float = 1.0  # predictions a position, each of which passes the head
     shared: bool = False  # one layer's weights serve all
+
+    @property
+    def attended(self) -> float:
+        """Width of all heads together."""
+        return self.heads * self.head_width or float(self.hidden)
 
     @property
     def all_experts(self) -> float:
@@ -71,6 +78,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1  # devices that share the positions of a row
     ep: int = 1
     zero: int = 0
     chunks: int = 1  # of layers that a device holds in an interleaved pipeline
@@ -80,6 +88,7 @@ class Layout:
     recompute: Recompute = "none"
     sequence_parallel: bool = False
     overlapped: bool = False  # tensor-parallel and gradient traffic runs beside the products (Megatron from 2023 on)
+    gradients_overlapped: bool = False  # their reduction alone does (torch's DistributedDataParallel)
     experts_overlapped: bool = False  # so does the all-to-all, beside another micro-batch's products
     scattered_sends: bool = True  # a pipeline stage's tensor-parallel devices send a share each, not all the same
     einsum_dispatch: bool = False  # rows reach their experts by products with one-hot masks (GShard, DeepSpeed-MoE)
@@ -113,5 +122,5 @@ class Job:
 
     @property
     def micro_tokens(self) -> float:
-        """Positions of a micro-batch on one model-parallel group."""
-        return self.layout.micro_batch * self.shape.seq
+        """Positions of a micro-batch on one model-parallel group, of those that share its rows."""
+        return self.layout.micro_batch * self.shape.seq / self.layout.cp

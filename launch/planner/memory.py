@@ -69,7 +69,7 @@ def add_activations(terms: Terms, job: Job, mode: str = "") -> Term:
 def stored_bytes(mode: str, fused: bool) -> str:
     """The formula of [2], table 2, for a mode such as `selective+seqpar`."""
     scores = "" if "selective" in mode or fused else " + 5 * heads * seq / (hidden * tp)"
-    if mode == "selective" and fused:  # there are no scores to leave out: every second layer is recomputed (torchtitan)
+    if mode == "alternate":
         return "((18 + 4 * width) / tp + 2) / 2"
     if "full" in mode:
         return "2 / tp" if "seqpar" in mode else "2"

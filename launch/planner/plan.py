@@ -65,6 +65,7 @@ def _planned(work: Work) -> Plan:
     counts = work.config.model.parameter_counts()
     terms.add("parameters.total", "total", "parameters", "model/config.py", total=counts.total)
     terms.add("parameters.active", "active", "parameters", "model/config.py", active=counts.active)
+    terms.add("parameters.trained", "trained", "parameters", "recipe: tune", trained=counts.of(work.config.trained))
     placed = work.config.placement.bytes(work.config.elements, work.config.sizes)
     saved = CHECKPOINT_BYTES * counts.total / machine.devices
     process = 0 if machine.is_cpu else HOST_PROCESS_BYTES
@@ -117,7 +118,9 @@ def _relief(work: Work) -> str:
 
 
 def _remarks(terms: Terms, work: Work) -> list[str]:
-    own = (_remarks_on_states(work), _remarks_on_experts(work), _remarks_on_disks(terms, work))
+    own = (
+        _remarks_on_states(work), _remarks_on_experts(work), _remarks_on_disks(terms, work), _remarks_on_tuning(terms)
+    )  # fmt: skip
     return [*work.cluster.assumed, *itertools.chain(*own)]
 
 
@@ -139,6 +142,16 @@ def _remarks_on_states(work: Work) -> list[str]:
     if ignored := work.ignored:
         found.append(f"not modelled: {', '.join(ignored)}; the plan is as if they were not set")
     return found
+
+
+def _remarks_on_tuning(terms: Terms) -> list[str]:
+    trained, total = terms["parameters.trained"].value, terms["parameters.total"].value
+    if trained == total:
+        return []
+    return [
+        f"{trained:,.0f} of {total:,.0f} parameters are trained ({trained / total:.2%}): memory is planned so, but "
+        "times and checkpoints as if all were, which are upper bounds"
+    ]
 
 
 def _remarks_on_disks(terms: Terms, work: Work) -> list[str]:
@@ -177,7 +190,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         return {name: plan.estimate(f"{prefix}.{name}") for name in terms.under(prefix)}
 
     return {
-        "parameters": {"total": terms["parameters.total"].value, "active": terms["parameters.active"].value},
+        "parameters": {
+            "total": terms["parameters.total"].value,
+            "active": terms["parameters.active"].value,
+            "trained": terms["parameters.trained"].value,
+        },
         "memory": {
             **{name: plan.estimate(f"memory.{name}") for name in TOTALS},
             "parts": {tier: {n: t.value for n, t in terms.under(f"memory.{tier}").items()} for tier in TIERS},

@@ -10,13 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
 
+from launch.planner import literature
 from launch.planner.hardware import Hardware
 from launch.planner.job import Job, Layout, Recompute, Shape, Shares
 
 Row = Mapping[str, str]
-
 
 COLUMNS = (
     "layers", "hidden", "ffn", "heads", "seq", "vocab", "experts", "top_k", "moe_every", "params_total",
@@ -49,17 +48,19 @@ class Kind:
 
 
 GIB = 2.0**30
-# Data sheets; NICs of DGX-2, Azure NDm A100 v4, DGX H100, DGX B200 and NVL72 (facts that each row's notes repeat).
+# Data sheets; NICs of DGX-2, Azure NDm A100 v4, DGX H100, B200, B300 and NVL72 (facts that each row's notes repeat).
 KINDS = {
     "V100": Kind(32 * GIB, 0.9e12, 125e12, 150e9, 300, 16, 100e9, 4e9, 1.5e12, node_factor=1.1),
     "A100-80GB": Kind(80 * GIB, 2.0e12, 312e12, 300e9, 400, 8, 200e9, 31e9, 1.7e12),
     "A100": Kind(40 * GIB, 1.56e12, 312e12, 300e9, 400, 8, 200e9, 31e9, 1.0e12),
-    "H100-96GB": Kind(96 * GIB, 2.4e12, 836e12, 450e9, 500, 8, 400e9, 63e9, 2e12, fp8=1979e12),
+    "H100-96GB": Kind(96 * GIB, 2.4e12, 836e12, 450e9, 500, 8, 400e9, 63e9, 2e12, fp8=1673e12),
     "H100": Kind(80 * GIB, 3.35e12, 989e12, 450e9, 700, 8, 400e9, 63e9, 2e12, fp8=1979e12),
     "H800": Kind(80 * GIB, 3.35e12, 989e12, 200e9, 700, 8, 400e9, 63e9, 2e12, fp8=1979e12),
     "H200": Kind(141e9, 4.8e12, 989e12, 450e9, 700, 8, 400e9, 63e9, 2e12, fp8=1979e12),
     "GB200": Kind(186e9, 8e12, 2500e12, 900e9, 1200, 72, 72 * 50e9, 63e9, 17e12, fp8=5000e12),
+    "GB300": Kind(279e9, 8e12, 2500e12, 900e9, 1400, 72, 72 * 100e9, 63e9, 17e12, fp8=5000e12),
     "B200": Kind(180e9, 8e12, 2250e12, 900e9, 1000, 8, 400e9, 63e9, 2e12, fp8=4500e12),
+    "B300": Kind(268e9, 8e12, 2250e12, 900e9, 1100, 8, 800e9, 63e9, 2e12, fp8=4500e12),
 }
 
 
@@ -69,7 +70,7 @@ OMNI_PATH = 12.5e9  # bytes a second of one link
 def family(row: Row) -> str:
     """The name of a row's device without its sizes: a key of `KINDS`. Raises Inexpressible."""
     found = re.search(r"G?[ABHV]\d00", row["gpu"].upper())
-    if not found or found[0] not in KINDS:
+    if not found or found[0] not in KINDS or "PCIE" in row["gpu"].upper():  # cards have other links
         raise Inexpressible(f"the device {row['gpu'] or '(none)'} is not known")
     return found[0]
 
@@ -86,7 +87,9 @@ def machine(row: Row) -> Hardware:
     """The devices of a row in their usual nodes. Raises Inexpressible."""
     kind = _kind(row)
     devices = int(number(row, "gpus") or kind.each)
-    each = min(int(_noted(row, r"\b(\d+) [A-Z]+\d[\w-]*/node") or kind.each), devices)
+    is_rack = family(row).startswith("G")  # whose links reach beyond its nodes
+    noted = None if is_rack else _noted(row, r"\b(\d+) [A-Z]+\d[\w-]*/node")
+    each = min(int(noted or kind.each), devices)
     network = _noted(row, r"\b(\d+) Omni-Path/node")
     network = network * OMNI_PATH if network else kind.network * each / kind.each
     peaks = {"bf16": kind.half, "fp16": kind.half} | ({"fp8": kind.fp8, "mxfp8": kind.fp8} if kind.fp8 else {})
@@ -113,15 +116,18 @@ def shape(row: Row) -> Shape:
     experts, rows = number(row, "experts") or 0.0, number(row, "top_k") or 0.0
     vocab = number(row, "vocab") or max(DEFAULT_VOCAB, _left_for_vocab(total, layers, hidden, ffn))
     embedding = vocab * hidden
+    known = literature.architecture(row["model"])
     plain = Shape(
         int(layers), int(hidden), int(ffn), int(number(row, "heads") or hidden / 128), int(seq), int(vocab), common=0.0,
-        outside=embedding, head=embedding, fused_attention=_hopper(row),
+        outside=embedding, head=embedding, head_width=known.head_width, fused_attention=_hopper(row),
+        targets=1.0 + known.further,
     )  # fmt: skip
     if not experts:
         classic = 4 * hidden**2 + 2 * hidden * ffn
-        common = classic if ffn == 4 * hidden or not total else (total - 2 * embedding) / layers
-        if common <= 0:
-            raise Inexpressible("the parameters are fewer than those of the vocabulary")
+        told = (total - 2 * embedding) / layers if total else classic
+        if not 0.5 <= told / classic <= 2:  # as far as narrow keys and gates go
+            raise Inexpressible(f"params_total={row['params_total']} contradicts layers, hidden and ffn")
+        common = classic if ffn == 4 * hidden else told
         return replace(plain, common=common, outside=embedding * (2 if ffn != 4 * hidden else 1))
     moe_layers = layers // (number(row, "moe_every") or 1)
     matrices = min((2, 3), key=lambda n: abs(moe_layers * experts * n * hidden * ffn - total))  # gated have three
@@ -134,8 +140,8 @@ def shape(row: Row) -> Shape:
         raise Inexpressible("the parameters are fewer than those outside of experts")
     each = all_experts / (moe_layers * experts)
     return replace(
-        plain, common=common, outside=2 * embedding, experts=int(experts), expert=each, expert_layers=int(moe_layers),
-        rows=rows * expert / each,
+        plain, common=common, outside=2 * embedding, experts=int(experts), expert=each,
+        layers=plain.layers + known.further, expert_layers=int(moe_layers) + known.further, rows=rows * expert / each,
     )  # fmt: skip
 
 
@@ -158,9 +164,13 @@ def layout(row: Row) -> Layout:
     tp, pp = int(number(row, "tp") or 1), int(number(row, "pp") or 1)
     if not devices or not (row["dp"] or row["pp"]):
         raise Inexpressible("the parallelism is not stated")
-    dp = int(number(row, "dp") or devices // (tp * pp))
-    if tp * pp * dp != devices:
-        raise Inexpressible(f"tp x pp x dp is {tp * pp * dp}, of {devices:g} devices")
+    cp = int(_noted(row, r"\bcp[= ]?(\d+)") or 1)
+    dp = int(number(row, "dp") or devices // (tp * pp * cp))
+    if cp > 1 and tp * pp * dp == devices and dp % cp == 0:  # counted with those that share rows
+        dp //= cp
+    if tp * pp * dp * cp != devices:
+        product = "tp x pp x dp" + (" x cp" if cp > 1 else "")
+        raise Inexpressible(f"{product} is {tp * pp * dp * cp}, of {devices:g} devices")
     ep = int(number(row, "ep") or 1)
     if ep > devices // pp:
         raise Inexpressible(f"ep is {ep}, of {devices // pp:g} devices of a stage")
@@ -168,32 +178,45 @@ def layout(row: Row) -> Layout:
     micro, micros = _batch(row, dp, pp)
     zero = int(number(row, "zero") or 0)
     return Layout(
-        int(devices), tp, pp, dp, ep, zero, _chunks(row, pp, zero),
-        (number(row, "layers") or 0) % pp != 0, micro, micros, _recompute(row),
-        (_hopper(row) and tp > 1) or _said_recompute(row) == "seqsel", overlapped=_hopper(row),
-        experts_overlapped="1F1B overlap" in row["notes"],
-        routed_once=_hopper(row) and "alltoall" not in row["notes"].lower(),
+        int(devices), tp, pp, dp, cp, ep, zero, _chunks(row, pp, zero),
+        _balanced(row, pp), micro, micros, _recompute(row),
+        (_hopper(row) and tp > 1) or _said_recompute(row).startswith("seq"), overlapped=_hopper(row),
+        # Megatron's scripts of 2021 take torch's DDP where there is no pipeline (run_table_1.sh).
+        gradients_overlapped=pp == 1 and zero == 0,
+        experts_overlapped=bool(re.search(EXPERTS_OVERLAP, row["notes"])),
+        routed_once=_hopper(row) and not re.search(r"(?i)all-?to-?all|allgather", row["notes"]),
         scattered_sends=not _deepspeed(row, zero), einsum_dispatch=not _hopper(row),
         precision=_precision(row),
         optimizer=Shares.all_on(_tier(offload)),
-        parameters=Shares.all_on(_tier(offload) if "param" in offload or offload == "nvme" else "device"),
+        parameters=Shares.all_on(_tier(offload) if _weights_away(row, offload, zero) else "device"),
         activations=Shares.all_on("cpu" if "act" in offload or "nvme" in offload else "device"),
     )  # fmt: skip
+
+
+EXPERTS_OVERLAP = r"(?i)(?<!no )(?<!without )\b(1f1b|a2a|ep|moe)[ -]([\w-]+ )?overlap|\bDualPipe"
 
 
 def _tier(offload: str) -> str:
     return "nvme" if "nvme" in offload else "cpu" if "cpu" in offload else "device"
 
 
-# As rows name them; how fast devices multiply in others is not fitted.
-ROW_PRECISIONS = ("", "bf16", "fp16", "fp8", "mxfp8")
+def _weights_away(row: Row, offload: str, zero: int) -> bool:
+    """Whether the offload is of weights, too: where it says so, and where they would not fit the devices."""
+    here = WEIGHTS * (number(row, "params_total") or 0) / (number(row, "gpus") or 1)
+    return "param" in offload or offload == "nvme" or (zero >= 3 and here > _kind(row).memory)
+
+
+# As rows name them, such as `mxfp8`, `fp8-cs`, `bf16+float8`; how fast devices multiply in others is not fitted.
+EIGHT_BITS, SIXTEEN_BITS = r"(?i)(fp|float)8", r"(?i)bf16|fp16|bfloat16|float16|half|mixed"
 
 
 def _precision(row: Row) -> str:
-    if row["precision"] not in ROW_PRECISIONS:
-        raise Inexpressible(f"precision={row['precision']}: no rate was fitted")
-    fp8 = "FP8" in row["notes"] or (row["model"] in MLPERF_TOKENS and _hopper(row))
-    return "fp8" if fp8 or "fp8" in row["precision"] else "bf16"
+    """Of the column; where that is empty, as noted, or by the rules of the benchmark."""
+    said = row["precision"]
+    eight = re.search(EIGHT_BITS, said or row["notes"]) or (not said and row["model"] in MLPERF_TOKENS)
+    if said and not eight and not re.search(SIXTEEN_BITS, said):
+        raise Inexpressible(f"precision={said}: no rate was fitted")
+    return "fp8" if eight and _hopper(row) else "bf16"
 
 
 def _batch(row: Row, dp: int, pp: int) -> tuple[int, int]:
@@ -201,11 +224,11 @@ def _batch(row: Row, dp: int, pp: int) -> tuple[int, int]:
     seq, tokens = number(row, "seq"), number(row, "global_batch_tokens")
     if not seq:
         raise Inexpressible("the length of a row is not stated")
-    micro = number(row, "micro_batch") or _noted(row, r"mbs(?:/GPU)?=(\d+)")
+    micro = number(row, "micro_batch") or _noted(row, r"\bmbs(?:/GPU)?[= ](\d+)")
     if not tokens:
         return int(micro or (4 if pp == 1 else 1)), MICRO_BATCHES_A_STAGE * pp
     rows = max(1, round(tokens / seq / dp))
-    noted = _noted(row, r"(\d+) microbatches")
+    noted = _noted(row, r"(\d+) micro-?batches")
     if not micro:
         micro = rows / noted if noted else 1 if pp > 1 else rows
     micro = max(1, int(micro))
@@ -217,29 +240,46 @@ MICRO_BATCHES_A_STAGE = 8  # where the batch is not stated: enough for a small b
 
 def _recompute(row: Row) -> Recompute:
     said = _said_recompute(row)
-    if said == "seqsel":
-        return "selective"
-    if said in get_args(Recompute):
-        return said  # type: ignore[return-value]
-    return "none" if _hopper(row) else "full"  # Megatron's and DeepSpeed's scripts recomputed all layers before
+    if not said:  # Megatron's and DeepSpeed's scripts recomputed all layers before
+        return "none" if _hopper(row) else "full"
+    if "full" in said:
+        return "full"
+    if any(part in said for part in SELECTED):
+        return "alternate" if (number(row, "zero") or 0) >= 3 else "selective"
+    if said in ("none", "no", "off", "0", "seqpar"):
+        return "none"
+    raise Inexpressible(f"recompute={said} is not known")
+
+
+# Selective recomputation, and Megatron's modules of a layer that it may recompute (all of them small).
+SELECTED = ("sel", "core_attn", "mla_up_proj", "mlp", "moe_act", "layernorm", "shared_experts")
 
 
 def _said_recompute(row: Row) -> str:
-    """Of the column, or as noted; `seqsel` is sequence parallelism with selective recomputation."""
-    return row["recompute"] or (re.search(r"recompute=(\w+)", row["notes"]) or [""])[0].partition("=")[2]
+    """Of the column, or as noted; with sequence parallelism it starts with `seq`, as in `seqsel`."""
+    found = re.search(r"\brecompute=([\w+]+)", row["notes"])
+    return (row["recompute"] or (found[1] if found else "")).lower()
 
 
 def _chunks(row: Row, pp: int, zero: int) -> int:
-    """Of an interleaved pipeline: `vp N`, or what Megatron's authors used where layers divide so: three
-    (arXiv 2205.05198, table 3), later as many as there are layers, up to 8.
+    """Of an interleaved pipeline: `vp N`, or what Megatron's authors used where layers divide so: three (arXiv
+    2205.05198, table 3), or two of several layers (arXiv 2104.04473, its run_table_1.sh), later as many as there are
+    layers, up to 8. Before, it took more than two stages.
     """
-    if noted := _noted(row, r"\bvp ?(\d+)"):
+    if noted := _noted(row, r"\bvpp?[= ]?(\d+)"):
         return int(noted)
     layers = number(row, "layers") or 0
-    if pp == 1 or _deepspeed(row, zero) or layers % pp:
+    if pp <= (1 if _hopper(row) else 2) or _deepspeed(row, zero):
         return 1
-    usual = range(8, 0, -1) if _hopper(row) else (3, 1)
-    return next(chunks for chunks in usual if layers % (chunks * pp) == 0)
+    if _balanced(row, pp):
+        layers += 2
+    usual = range(8, 0, -1) if _hopper(row) else (3, 2) if layers / pp > 2 else ()
+    return next((chunks for chunks in usual if layers % (chunks * pp) == 0), 1)
+
+
+def _balanced(row: Row, pp: int) -> bool:
+    """Whether embedding and head must stand for layers, as the layers do not share out evenly."""
+    return (number(row, "layers") or 0) % pp != 0
 
 
 def _deepspeed(row: Row, zero: int) -> bool:
@@ -253,7 +293,7 @@ def _hopper(row: Row) -> bool:
 
 
 def _noted(row: Row, pattern: str) -> float | None:
-    found = re.search(pattern, row["notes"])
+    found = re.search(pattern, row["notes"], re.IGNORECASE)
     return float(found[1]) if found else None
 
 
@@ -278,12 +318,28 @@ def check_batch(row: Row) -> None:
         raise Inexpressible("the batch of a step is not stated")
 
 
+def counts_half(row: Row) -> bool:
+    """Whether published FLOPs leave the masked half of the scores out: Megatron's since 2025, as rows of this source
+    that state both FLOPs and tokens tell.
+    """
+    return bool(re.search(r"Megatron-(Bridge|MoE-ModelZoo)", row.get("source", "")))
+
+
+def completed(row: Row) -> Row:
+    """A row about a whole training, its empty columns filled from what its makers wrote of it."""
+    known = literature.training(row["model"])
+    notes = "; ".join(part for part in (row["notes"], known.get("notes", "")) if part)
+    return {name: value or known.get(name, "") for name, value in row.items()} | {"notes": notes}
+
+
 def trained_tokens(row: Row) -> float:
-    """Of the whole training: as noted (`14.8T tokens`, `tokens 3e+11`), or by the rules of the benchmark."""
+    """Of the whole training: as noted (`14.8T tokens`, `1.4 trillion tokens`, `tokens 3e+11`), or by the rules of the
+    benchmark.
+    """
     if row["model"] in MLPERF_TOKENS:
         return MLPERF_TOKENS[row["model"]]
-    if found := re.search(r"([\d.]+) ?([TBM]) tokens", row["notes"]):
-        return float(found[1]) * {"T": 1e12, "B": 1e9, "M": 1e6}[found[2]]
+    if found := re.search(r"(?i)([\d.]+) ?([TBM])(r?illion)?\+? tokens", row["notes"]):
+        return float(found[1]) * {"T": 1e12, "B": 1e9, "M": 1e6}[found[2].upper()]
     if noted := _noted(row, r"tokens ([\d.]+e[+]?\d+)"):
         return noted
     raise Inexpressible("the tokens of the whole training are not stated")
@@ -303,19 +359,17 @@ def capacity(row: Row, context: float, fragmented: float) -> float:
     The scarcest tier decides. Raises Inexpressible for what is no ZeRO stage.
     """
     cluster, stage, offload = machine(row), number(row, "zero"), row["offload"] or "none"
+    parts = (number(row, "tp") or 1) * (number(row, "pp") or 1)  # that a model is cut into
+    if stage is None and parts > 1:
+        stage = 0
     if stage not in (0, 1, 2, 3):
         raise Inexpressible("the ZeRO stage is not stated")
     on_device = (cluster.device_bytes - context) / (1 + fragmented) - CAPACITY_WORKING
     tier, devices = _tier(offload), cluster.devices
     if tier == "device":
         shared = {0: 0, 1: 12, 2: 18, 3: 20}[int(stage)]  # of 20 bytes
-        return on_device / (STATES - shared + shared / devices)
-    if stage < 3:  # weights are whole on each device
-        return min(on_device / WEIGHTS, _room(cluster, tier) / (STATES - WEIGHTS))
-    if "param" in offload or tier == "nvme":
-        return _room(cluster, tier) / (STATES - WEIGHTS) / HEADROOM
-    return min(on_device * devices / WEIGHTS, _room(cluster, tier) / (STATES - WEIGHTS))
-
-
-def _room(cluster: Hardware, tier: str) -> float:
-    return cluster.nodes * (cluster.host_bytes if tier == "cpu" else cluster.disk_bytes)
+        return parts * on_device / (STATES - shared + shared * parts / devices)
+    room = cluster.nodes * (cluster.host_bytes if tier == "cpu" else cluster.disk_bytes) / (STATES - WEIGHTS) / HEADROOM
+    if stage < 3:  # weights are whole on each device, or group of devices
+        return min(parts * on_device / WEIGHTS, room)
+    return room if "param" in offload or tier == "nvme" else min(devices * on_device / WEIGHTS, room)

@@ -10,7 +10,7 @@ from launch.planner.compute import add_compute, add_flops
 from launch.planner.hardware import Hardware
 from launch.planner.job import Job
 from launch.planner.offload import add_host_traffic, add_optimizer
-from launch.planner.overlap import BUILT_OVERLAP, GATHERS_OVERLAP
+from launch.planner.overlap import BUILT_OVERLAP
 from launch.planner.terms import Term, Terms
 from launch.planner.traffic import add_all_to_all, add_exchanges, add_gathers, add_reduction
 
@@ -23,20 +23,22 @@ def add_step(terms: Terms, job: Job, machine: Hardware) -> Term:
     passes = terms.add(
         "step.passes", "(busy**p + gathers**p + host_traffic**p)**(1/p)", "s", "what runs side by side, by a p-norm",
         busy=busy, gathers=add_gathers(terms, job, machine), host_traffic=add_host_traffic(terms, job, machine),
-        p=GATHERS_OVERLAP,
+        p=BUILT_OVERLAP if job.layout.overlapped else 1.0,
     )  # fmt: skip
     return terms.add(
         "step.seconds", "(passes**p + reduction**p)**(1/p) + optimizer", "s", passes=passes,
         reduction=add_reduction(terms, job, machine), optimizer=add_optimizer(terms, job, machine),
-        p=BUILT_OVERLAP if job.layout.overlapped else 1.0,
+        p=BUILT_OVERLAP if job.layout.overlapped or job.layout.gradients_overlapped else 1.0,
     )  # fmt: skip
 
 
 def _pipelined(terms: Terms, job: Job, compute: Term, exchanges: Term, experts: Term) -> Term:
     layout = job.layout
     micro = terms.add(
-        "step.micro_batch", "((compute**p + exchanges**p)**(q/p) + all_to_all**q)**(1/q)", "s",
-        "q: whether other micro-batches' products hide the all-to-all", compute=compute, exchanges=exchanges,
+        "step.micro_batch", "(((compute + held * all_to_all)**p + exchanges**p)**(q/p) + all_to_all**q)**(1/q)", "s",
+        "q: whether other micro-batches' products hide the all-to-all, which holds 20 of 132 multiprocessors meanwhile "
+        "(DeepSeek-V3, arXiv 2412.19437, section 3.2.2)", compute=compute, exchanges=exchanges,
+        held=20 / 132 if layout.experts_overlapped else 0.0,
         all_to_all=experts, p=BUILT_OVERLAP if layout.overlapped else 1.0,
         q=BUILT_OVERLAP if layout.experts_overlapped else 1.0,
     )  # fmt: skip

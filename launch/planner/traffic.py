@@ -76,7 +76,7 @@ def add_all_to_all(terms: Terms, job: Job, machine: Hardware) -> Term:
 def add_gathers(terms: Terms, job: Job, machine: Hardware) -> Term:
     """ZeRO-3's traffic: weights gathered forward and backward, gradients scattered, in every micro-batch.
 
-    Experts move only among the devices that hold the same ones.
+    Experts move only among the devices that hold the same ones. In a pipeline, weights are kept for the step.
     """
     layout = job.layout
     if layout.zero < 3:
@@ -84,8 +84,8 @@ def add_gathers(terms: Terms, job: Job, machine: Hardware) -> Term:
     return _around(
         terms, "step.gathers", job, machine, "micro_batches * size * ((1 if gathered <= kept else 2) + 1)",
         "[2] section 7: weights gathered forward and, unless all of them are kept, backward (which recomputation "
-        "shares); gradients scattered",
-        micro_batches=layout.micro_batches, size=layout.weight_bytes, kept=layout.kept,
+        "shares); gradients scattered; in a pipeline once a step (torchtitan)",
+        micro_batches=layout.micro_batches if layout.pp == 1 else 1, size=layout.weight_bytes, kept=layout.kept,
         gathered=job.shape.layers * (job.shape.common / layout.tp + expert_layer(job)),
     )  # fmt: skip
 
@@ -96,8 +96,9 @@ def add_reduction(terms: Terms, job: Job, machine: Hardware) -> Term:
     if layout.zero >= 3 or layout.dp == 1:
         return terms.add("step.reduction", "0", "s", "gradients are scattered with the passes" if layout.zero else "")
     return _around(
-        terms, "step.reduction", job, machine, "gradient + weight", "[2] section 7: scattered, and gathered again",
-        gradient=layout.gradient_bytes, weight=layout.weight_bytes,
+        terms, "step.reduction", job, machine, "(gradient if summed_wide else weight) + weight",
+        "[2] section 7: scattered, and gathered again; Megatron sums in fp32 from 2023 on",
+        gradient=layout.gradient_bytes, weight=layout.weight_bytes, summed_wide=layout.overlapped,
     )  # fmt: skip
 
 

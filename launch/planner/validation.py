@@ -146,12 +146,23 @@ def _hardware_flops(row: Row) -> float:
 
 def _model_flops(row: Row) -> float:
     job, terms, seconds = _step(row)
-    return terms["flops.model"].value / seconds / job.layout.devices
+    masked = 3 * job.tokens * 2 * job.shape.layers * job.shape.seq * job.shape.attended
+    flops = terms["flops.model"].value - (masked if published.counts_half(row) else 0)
+    return flops / seconds / job.layout.devices
 
 
 def _tokens(row: Row) -> float:
     job, _, seconds = _step(row)
     return job.tokens / seconds / job.layout.devices
+
+
+def _all_tokens(row: Row) -> float:
+    return _tokens(row) * published.machine(row).devices
+
+
+def _utilisation(row: Row) -> float:
+    """Of the peak in 16 bits, as is published also of jobs in fewer."""
+    return _model_flops(row) / published.machine(row).peak("bf16")
 
 
 def _samples(row: Row) -> float:
@@ -183,11 +194,16 @@ def _capacity(row: Row) -> float:
 
 
 def _fits(row: Row) -> float:
-    """1 if the row's states fit its devices and their hosts together."""
-    total = published.number(row, "params_total")
+    """1 if a job fits its devices; without a stated batch, whether its states do; where nothing tells where they are,
+    whether devices and their hosts hold them together.
+    """
+    total, machine = published.number(row, "params_total"), published.machine(row)
+    if row["offload"] == "none" and published.number(row, "global_batch_tokens"):
+        return float(_peak_memory(row) <= machine.device_bytes)
     if not total:
         raise Inexpressible("the number of parameters is not stated")
-    machine = published.machine(row)
+    if row["zero"] or row["pp"]:
+        return float(total <= _capacity(row))
     here = total / machine.nodes
     room = machine.device_bytes * machine.devices_per_node - here * published.WEIGHTS - CONTEXT_BYTES
     offloaded = machine.host_bytes - here * (published.STATES - published.WEIGHTS)
@@ -196,30 +212,38 @@ def _fits(row: Row) -> float:
 
 def _node_power(row: Row) -> float:
     """Of a node whose devices multiply all the time, as in a benchmark."""
-    return add_power(Terms(), published.machine(row), 1.0, 1.0).value
+    return add_power(Terms(), published.machine(row), 1.0, 1.0).value / _supply(row)
+
+
+def _supply(row: Row) -> float:
+    """Power at the nodes' supplies over that where the row measured it: at them, or behind them if it says so."""
+    return ALTERNATING_OVER_DIRECT if "DC side" in row["notes"] else 1.0
 
 
 def _joules_per_token(row: Row) -> float:
-    """At the nodes' supplies, or behind them where the row says so; without switches, cooling and losses."""
+    """Of the nodes, without switches and cooling."""
     job, terms, seconds = _step(row)
     machine = published.machine(row)
     busy = job.layout.micro_batches * terms["step.device_work"].value
     watts = add_power(terms, machine, busy, seconds).value * machine.nodes
-    supply = ALTERNATING_OVER_DIRECT if "DC side" in row["notes"] else 1.0
-    return watts / supply * seconds / job.tokens
+    if "TDP x" in row["notes"]:  # no meter: the devices' rated power
+        watts = machine.device_watts * machine.devices
+    return watts / _supply(row) * seconds / job.tokens
 
 
 def _energy(row: Row) -> float:
+    row = published.completed(row)
     return _joules_per_token(row) * published.trained_tokens(row)
 
 
 def _training_seconds(row: Row) -> float:
+    row = published.completed(row)
     job, _, seconds = _step(row)
     return published.trained_tokens(row) / job.tokens * seconds
 
 
 def _device_seconds(row: Row) -> float:
-    return _training_seconds(row) * published.machine(row).devices
+    return _training_seconds(row) * published.machine(published.completed(row)).devices
 
 
 def _not_a_measure(row: Row) -> float:
@@ -242,7 +266,8 @@ def _units(plain: str, prefixes: str) -> dict[str, float]:
 
 SECONDS = _units("s", "m") | {"min": 60.0, "h": 3600.0, "days": 86400.0}
 FLOPS, WATTS = _units("FLOP/s", "GTP"), _units("W", "kM")
-TOKENS = _units("tok/s/GPU", "kM")
+FLOPS |= {"TFLOPs": 1e12, "TFLOPS": 1e12, "TFLOP/s/GPU": 1e12}
+TOKENS = _units("tok/s/GPU", "kM") | {"tokens/s/GPU": 1.0}
 BYTES = _units("B", "kMGT") | {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
 JOULES = _units("J", "kMGT") | {unit: 3600 * size for unit, size in _units("Wh", "kMG").items()}
 DEVICE_HOURS = dict.fromkeys(("GPU-h", *(f"{kind} GPU-h" for kind in published.KINDS), "A100-80 GPU-h"), 3600.0)
@@ -253,7 +278,9 @@ METRICS = {
     **dict.fromkeys(("iter_time", "step_time"), Metric(_iteration, SECONDS)),
     "hw_tflops_per_gpu": Metric(_hardware_flops, FLOPS),
     "model_tflops_per_gpu": Metric(_model_flops, FLOPS),
+    "mfu": Metric(_utilisation, {"%": 0.01, "share": 1.0}),
     "tokens_per_s_per_gpu": Metric(_tokens, TOKENS),
+    "tokens_per_s": Metric(_all_tokens, _units("tok/s", "kM")),
     "samples_per_s": Metric(_samples, _units("sample/s", "k")),
     "peak_mem_per_gpu": Metric(_peak_memory, BYTES),
     "param+opt_mem_per_gpu": Metric(_states_memory, BYTES),

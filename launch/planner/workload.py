@@ -15,8 +15,9 @@ from launch.planner.job import Job, Layout, Shape, Shares
 from model.config import PRESETS, ModelConfig
 from training.ds_config import FOLDER, DSConfig, default_path, resolve
 from training.errors import UserError
-from training.placement import OPTIMIZER, PARAMETERS, Elements, Tiers
-from training.recipe import Recipe, leaves, load_recipe, nearest, parse_recipe, read_mapping
+from training.parent import load_recipe
+from training.placement import OPTIMIZER, PARAMETERS, Tiers
+from training.recipe import Recipe, leaves, nearest, parse_recipe, read_mapping
 
 # Of a preset without a recipe: the rows of a device as M6-T trained and, with 16 patches, 128 positions, as recalled.
 ROWS, TEXT_POSITIONS, TOKENS = 8, 112, 10**9
@@ -194,17 +195,17 @@ def _layout(config: DSConfig, cluster: Cluster) -> Layout:
         devices=cluster.devices, dp=cluster.devices, ep=config.expert_parallel, zero=3, micro_batch=config.micro_batch,
         micro_batches=config.accumulation, recompute="full" if config.recompute else "none",
         precision="bf16" if sizes.weight == 2 else "fp32",
-        parameters=_shares(config.placement.of(PARAMETERS), config.elements),
-        optimizer=_shares(config.placement.of(OPTIMIZER), config.elements),
+        parameters=_shares(config.placement.of(PARAMETERS), tuple(config.elements)),
+        optimizer=_shares(config.placement.of(OPTIMIZER), config.elements.learning),
         weight_bytes=sizes.weight, gradient_bytes=sizes.gradient, state_bytes=sizes.master + sizes.moments,
         kept=zero.get("stage3_max_live_parameters", KEPT),
         bucket=zero.get("reduce_bucket_size", BUCKET), contiguous=zero.get("contiguous_gradients", True),
     )  # fmt: skip
 
 
-def _shares(tiers: Tiers, elements: Elements) -> Shares:
+def _shares(tiers: Tiers, counts: Sequence[int]) -> Shares:
     found = dict.fromkeys(("device", "cpu", "nvme"), 0)
-    for tier, count in zip(tiers, elements, strict=True):
+    for tier, count in zip(tiers, counts, strict=True):
         found[tier] += count
     total = sum(found.values())
     return Shares(**{tier: count / total for tier, count in found.items()})

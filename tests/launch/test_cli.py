@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.stranger import FORMS
 from launch.data import counts
 from launch.doctor import hardware
 from tests.training.fake_run import make_recipe, make_record
@@ -43,6 +45,7 @@ def test_help_is_instant():
         ["train", "--help"],
         ["train", "--recipe", "nowhere.yaml"],
         ["image-tokenizer", "--recipe", "nowhere.yaml"],
+        ["data", "import", "--help"],
     ],
 )
 def test_torch_is_imported_only_where_it_is_needed(verb):
@@ -151,16 +154,36 @@ def test_data_show_counts_and_samples(sample_corpus):
     assert "poem " in done.stdout and "review " in done.stdout and "picture " in done.stdout
 
 
+def test_data_import_tells_what_it_took_and_what_it_left(sample_corpus, tmp_path):
+    pictures = [sample_corpus.picture(int(row)) for row in sample_corpus.picture_rows("validation")]
+    FORMS["csv"](pictures, tmp_path)
+    with (tmp_path / "rows.csv").open("a") as file:
+        file.write("[bold]no.png,[red]坏,,,,,,f,,,\r\n")
+    command = ("data", "import", "rows.csv", "--to", "to", "--base", str(sample_corpus.folder.parent))
+    done = m6(*command, "--zh", "zhh", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "m6: --zh zhh: no source has such a column; did you mean zh?\n")
+    done = m6(*command, "--split-by", "family", "--group", "subgroup", cwd=tmp_path, COLUMNS="120")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r" A +rows.csv \(table\) +\d+ +\d+ +\d+ +0 +CC0-1.0", done.stdout)
+    where = f"rows.csv:{len(pictures) + 2} ([bold]no.png)"
+    assert re.search(rf" no such file +1 +{re.escape(where)}", done.stdout)
+    assert f"{len(pictures)} rows taken, 1 left out\n" in done.stdout
+    assert "to/corpus is built; fingerprint " in done.stdout
+    assert "0 of " in done.stderr and "pictures are to be described" in done.stderr
+    shown = m6("data", "show", "--dir", "to", cwd=tmp_path, COLUMNS="120")
+    assert "rows.csv (table)" in shown.stdout and "picture  rows.csv:" in shown.stdout
+
+
 def test_counts_by_package_and_split():
     package = {"package": "p", "version": "1", "licence": "MIT", "missing": ""}
     manifest = {
         "sources": {"A": package, "B": package | {"missing": "no apt-get"}},
         "pictures": {"A": {"train": 1234, "test": 7}},
-        "texts": {},
+        "texts": {"A": {"train": 1}},
     }
     console = Console(width=200)
     with console.capture() as captured:
         console.print(counts(manifest))
     _, a, b = (line.split() for line in captured.get().splitlines())
-    assert a == ["A", "p", "1", "1,234", "0", "7", "0", "MIT"]
+    assert a == ["A", "p", "1", "1,235", "0", "7", "0", "MIT"]
     assert b == ["B", "p", "1", "done", "without:", "no", "apt-get"]

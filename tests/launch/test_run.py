@@ -161,3 +161,9 @@ def test_threads_that_come_and_go_leave_no_memory_behind(tmp_path):
 def test_wrong_recipe_is_told_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
         launch(TrainingRun(tmp_path / "nowhere.yaml"), Place(2))
+
+
+def test_drawing_without_codes_is_told_before_anything_starts(tmp_path):
+    run = TrainingRun(Path("launch/recipes/quickstart.yaml"), ("tasks.draw=1",), "drawing", tmp_path)
+    with pytest.raises(UserError, match=r"tasks\.draw: needs pictures as codes: image_tokenizer=FOLDER"):
+        launch(run, Place(2), dry_run=True)

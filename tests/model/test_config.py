@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import PRESETS, ModelConfig
 from model.m6 import M6
+from model.parts import ADAPTERS, WHOLE, part_of
 from tests.model.samples import TINY
 
 
@@ -24,7 +25,9 @@ def test_presets_count_to_what_is_built(name: str):
     assert config.parameter_counts().total == built_parameters(config)
 
 
-@pytest.mark.parametrize("change", [{"gated_experts": True}, {"share_layers": True}, {"bag_width": 5}])
+@pytest.mark.parametrize(
+    "change", [{"gated_experts": True}, {"share_layers": True}, {"bag_width": 5}, {"adapter_rank": 3}]
+)
 @pytest.mark.parametrize("experts", [0, 8])
 def test_options_count_to_what_is_built(change: dict, experts: int):
     config = dataclasses.replace(TINY, experts=experts, **change)
@@ -90,19 +93,25 @@ def test_the_config_imports_no_torch():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "trained"),
     [
-        {"experts": 0, "k": 1},
-        {"experts": 0, "k": 1, "gated_experts": True},
+        ({"experts": 0, "k": 1}, WHOLE),
+        ({"experts": 0, "k": 1, "gated_experts": True}, WHOLE),
         # One expert a prototype: each gets all the tokens, so that its buffer has no empty place.
-        {"experts": 2, "k": 2},
-        {"experts": 2, "k": 2, "gated_experts": True},
-        {"experts": 2, "k": 2, "routing": "top-k", "share_layers": True},
+        ({"experts": 2, "k": 2}, WHOLE),
+        ({"experts": 2, "k": 2, "gated_experts": True}, WHOLE),
+        ({"experts": 2, "k": 2, "routing": "top-k", "share_layers": True}, WHOLE),
+        # The embeddings too, or the first layer would have no gradient of its input.
+        ({"experts": 0, "k": 1, "adapter_rank": 3}, {"embeddings", ADAPTERS}),
+        ({"experts": 2, "k": 2}, {"embeddings", "routers"}),
     ],
 )
-def test_training_flops_are_those_that_torch_counts(change: dict):
+def test_training_flops_are_those_that_torch_counts(change: dict, trained: set[str]):
     """Exactly so where nothing is padded. Scores of attention are in neither count (torch counts none on CPU)."""
     config = dataclasses.replace(TINY, **change)
+    model = M6(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in trained)
     rows, text = 8, 20
     targets = 64  # a full block of the head
     labels_BT = torch.full((rows, text), -100)
@@ -118,7 +127,8 @@ def test_training_flops_are_those_that_torch_counts(change: dict):
     tokens = rows * (text + config.image_patches)
     assert tokens % 32 == 0 and int((labels_BT >= 0).sum()) == targets
     with FlopCounterMode(display=False) as counter:
-        M6(config)(batch)["loss_B"].sum().backward()
+        model(batch)["loss_B"].sum().backward()
     # The projection of pictures is no part of the trunk; it has no gradient of its input.
-    projection = 4 * rows * config.image_patches * config.image_channels * config.hidden
-    assert counter.get_total_flops() - projection == config.training_flops(tokens, targets)
+    projection = 2 * rows * config.image_patches * config.image_channels * config.hidden
+    projection *= 2 if "image" in trained else 1
+    assert counter.get_total_flops() - projection == config.training_flops(tokens, targets, trained=trained)

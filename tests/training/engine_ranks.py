@@ -1,8 +1,11 @@
 """What the engine tests run on each rank: a small model on the sample corpus, a few steps, and what came of it."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from training.start import init_distributed
 
@@ -80,6 +83,21 @@ class Rank:
 
         results = [self.engine.step(self.batches.step(s), learning_rate(self.recipe, s)) for s in range(first, last)]
         return [(result.loss, result.grad_norm) for result in results]
+
+    def save(self, folder: Path, step: int) -> None:
+        """As a run does, into `folder`/checkpoints."""
+        from training import checkpoint, checkpoint_files, states
+
+        corpus = self.collate.corpus
+        facts = {
+            "adam_step": states.adam_step(self.engine), "recipe": self.recipe.model_dump(mode="json"),
+            "tokenizer": corpus.tokenizer.sha256, "data": corpus.fingerprint,
+            "feature_network": corpus.feature_network_sha256,
+        }  # fmt: skip
+        saver = checkpoint.Saver(folder / "checkpoints", checkpoint_files.Retention(9), 2**30)
+        saver.save(states.parts(self.engine), step, facts)
+        outcome = saver.wait()
+        assert outcome is not None and not outcome.error, outcome
 
     def blank_step(self) -> None:
         empty = self.collate([], self.recipe.text_positions, self.config.micro_batch)
@@ -161,6 +179,55 @@ def load_and_train(
     return {"digests": digests, "losses": losses, "bytes": states.bytes_by_tier(rank.engine)}
 
 
+def train_parent(data: Path, folder: Path, ds: dict[str, Any], changes: dict[str, Any], steps: int) -> None:
+    rank = Rank(data, folder / "swap", ds, changes | {"data": str(data)})
+    rank.train(0, steps)
+    rank.save(folder, steps)
+
+
+def fine_tune(
+    data: Path,
+    parent: Path,
+    folder: Path,
+    ds: dict[str, Any],
+    changes: dict[str, Any],
+    steps: Sequence[int],
+) -> dict[str, Any]:
+    """Go on from `folder`'s newest checkpoint, or begin from the parent's; save after each number of `steps`.
+
+    The losses, the state at both ends, its bytes as they are and as they were said to be, and what the model says next.
+    """
+    from training import checkpoint, states
+    from training.parent import Parent
+
+    started = Parent.at(parent)
+    inherited = {"model": started.recipe.model, "start": started.start.model_dump(), "data": str(data)}
+    rank = Rank(data, folder / "swap", ds, inherited | changes)
+    if rank.config.placement.parameters.coldest == "nvme":
+        assert any(p.ds_tensor.final_location == "nvme" for p in rank.engine.model.parameters() if not p.requires_grad)
+    if found := checkpoint.newest(folder / "checkpoints"):
+        checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
+        first = found.manifest["step"]
+    else:
+        first = 0
+        checkpoint.begin(rank.engine, started)
+    arrived, losses, config = state_digests(rank), [], rank.config
+    for last in steps:
+        losses += rank.train(first, last)
+        rank.save(folder, last)
+        first = last
+    batch = {key: value for key, value in rank.batches.step(99)[0].items() if key != "labels_BT"}
+    return {
+        "losses": losses,
+        "arrived": arrived,
+        "left": state_digests(rank),
+        "bytes": states.bytes_by_tier(rank.engine),
+        "said": config.placement.bytes(config.elements, config.sizes),
+        "batch": batch,
+        "logits": rank.engine.next_logits(batch),
+    }
+
+
 def go_on(
     data: Path, swap: Path, ds: dict[str, Any], folder: Path, last: int, changes: dict[str, Any]
 ) -> dict[str, Any]:
@@ -195,6 +262,8 @@ def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
     """
     from deepspeed.utils import groups, safe_get_local_fp32_param, safe_get_local_optimizer_state
 
+    from training import states
+
     if rank.config.optimizer_states == "8-bit":
         return decoded_states(rank)
     found: dict[str, dict[int, bytes]] = {}
@@ -205,11 +274,29 @@ def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
             continue
         if getattr(parameter, "ds_zero_placement_family", "") == "autoep_expert":
             first += parameter.ds_numel * groups._get_expert_parallel_rank(parameter.ds_zero_partition_group_name)
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
+        if not parameter.requires_grad:
+            found.setdefault(f"{name}.master", {})[first] = frozen_values(parameter)[:real].numpy().tobytes()
+            continue
+        for kind in ("master", *(("exp_avg", "exp_avg_sq") if states.adam_step(rank.engine) else ())):
             get = safe_get_local_fp32_param if kind == "master" else safe_get_local_optimizer_state
             value = get(parameter) if kind == "master" else get(parameter, kind)
             found.setdefault(f"{name}.{kind}", {})[first] = value[:real].detach().numpy().tobytes()
     return found
+
+
+def frozen_values(parameter: Any) -> Tensor:
+    """This rank's share of a frozen weight, fp32, wherever it lives."""
+    import torch
+
+    kept, share = parameter.ds_tensor, parameter.ds_tensor.ds_numel
+    if kept.final_location != "nvme":
+        return kept.detach().float()
+    parameter.all_gather()  # by DeepSpeed's own reading
+    first = parameter.ds_zero_partition_rank * share
+    whole = torch.nn.functional.pad(parameter.data.flatten().float(), (0, share))
+    values = whole[first : first + share].clone()
+    parameter.partition()
+    return values
 
 
 def decoded_states(rank: Rank) -> dict[str, dict[int, bytes]]:
@@ -217,6 +304,6 @@ def decoded_states(rank: Rank) -> dict[str, dict[int, bytes]]:
 
     found: dict[str, dict[int, bytes]] = {}
     for part in states.parts(rank.engine):
-        assert callable(part.source)
-        found.setdefault(part.key, {})[part.offset] = part.source(0, part.numel).numpy().tobytes()
+        values = part.source if isinstance(part.source, Tensor) else part.source(0, part.numel)
+        found.setdefault(part.key, {})[part.offset] = values.numpy().tobytes()
     return found

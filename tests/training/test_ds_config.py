@@ -323,6 +323,14 @@ def test_nvme_fills_in_paths_and_buffers(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_adapters_have_buffers_on_nvme(tmp_path):
+    begun = ("start.checkpoint=x", "start.digest=y", "start.tasks=[caption]", "tune.adapter_rank=4")
+    zero = resolved(*begun, file=NVME, swap=tmp_path).values["zero_optimization"]
+    assert zero["offload_param"]["buffer_count"] == 9
+    few = ds("zero_optimization.offload_param.buffer_count", 5)
+    assert "with their adapters take 9: raise it" in refusal(*begun, few, file=NVME, swap=tmp_path)
+
+
 @pytest.mark.parametrize(("block", "elements"), [(2**16, 2**18), (2**22, 2**20)])
 def test_an_optimizer_on_nvme_is_updated_a_weight_at_a_time(tmp_path, block, elements):
     zero = resolved(ds("aio.block_size", block), file=NVME, swap=tmp_path).values["zero_optimization"]

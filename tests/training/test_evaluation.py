@@ -11,7 +11,17 @@ from PIL import Image
 from tests.training.fake_run import make_recipe, make_record
 from tests.training.test_report import HOSTILE, Page
 from training.errors import UserError
-from training.evaluation import Drawing, Hit, Samples, Saying, Search, picture_uri, read_evaluation, write_evaluation
+from training.evaluation import (
+    Drawing,
+    Hit,
+    Samples,
+    Saying,
+    Search,
+    picture_uri,
+    read_evaluation,
+    tables,
+    write_evaluation,
+)
 from training.report import write_report
 from training.tracking import Tracker
 
@@ -128,3 +138,21 @@ def test_a_missing_part_has_no_table(tmp_path: Path) -> None:
     assert "Writing" in text and "files of one's own" in text
     for words in ("Finding", "Naming", "Answering", "search", "draw"):
         assert words not in text
+
+
+def test_what_fine_tuning_changed_stands_first(tmp_path: Path) -> None:
+    def measured(before: float, after: float) -> dict[str, float]:
+        return {"before": before, "after": after, **paired(after - before)}
+
+    own = {"n": 177, "image_to_text r1": measured(0.25, 0.6), "caption chrf": measured(9.0, 31.5)}
+    elsewhere = {"n": 179, "image_to_text r1": measured(0.35, 0.34), "text poem": measured(9.1, 9.2) | {"texts": 200}}
+    found = {"checkpoint": "runs/a/checkpoints/step-4", "own": own, "elsewhere": elsewhere}
+    mine, theirs, *_ = tables(FIGURES | {"before_after": found})
+    assert [[cell.value for cell in row] for row in mine.rows] == [
+        ["finding, image → text, R@1", "0.250", "0.600", "+0.350", "177"],
+        ["captions, chrF", "9.0", "31.5", "+22.5", "177"],
+    ]
+    assert [cell.value for cell in theirs.rows[1]] == ["poems, bits a character", "9.100", "9.200", "+0.100", "200"]
+    assert mine.rows[0][3].interval == "+0.340 to +0.360" and "runs/a/checkpoints/step-4" in theirs.note
+    alone = tables(FIGURES | {"before_after": {"checkpoint": "x", "own": own}})
+    assert [table.title for table in alone[:2]] == [mine.title, "Finding: image → text"]

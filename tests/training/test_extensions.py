@@ -1,13 +1,15 @@
 """A lock that a killed compiler run left does not stop the next run for ever."""
 
 import os
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training.extensions import LOADING_SECONDS, clear_orphaned_locks, clear_stale_locks
+from training.extensions import LOADING_SECONDS, clear_orphaned_locks, clear_stale_locks, prepare_extensions
 
 
 def test_an_old_lock_goes_and_a_fresh_one_stays(tmp_path: Path) -> None:
@@ -75,3 +77,13 @@ def test_locks_of_killed_processes_go_and_held_ones_stay(tmp_path):
     with held.open():
         assert clear_orphaned_locks(tmp_path, started) == [orphan]
     assert before.exists() and held.exists() and not orphan.exists()
+
+
+def test_the_ninja_of_this_environment_comes_before_the_systems(tmp_path, monkeypatch):
+    """Two versions would each compile anew what the other has built."""
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\necho 0.1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    prepare_extensions()
+    assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")

@@ -49,6 +49,17 @@ def test_elements_are_those_of_the_model():
     assert all(0 <= 4 * share - whole < 3 * 4 for share, whole in zip(many, one, strict=True))
 
 
+@pytest.mark.parametrize("change", [{}, {"experts": 0, "k": 1}, {"share_layers": True, "bag_width": 8}])
+@pytest.mark.parametrize("trained", [{"adapters"}, {"norms", "routers", "adapters"}, {"bags", "embeddings", "experts"}])
+def test_elements_that_are_trained_are_those_of_the_parts(change, trained):
+    model = replace(MODEL, adapter_rank=4, **change)
+    elements, counts = Elements.of(model, 1, 1, trained), model.parameter_counts()
+    assert (sum(elements), sum(elements.learning)) == (counts.total, counts.of(trained))
+    placement = Placement(*[Tiers.all_on(CPU, len(elements.layers))] * 2)
+    held = placement.bytes(elements, BF16)[CPU]
+    assert held == {"parameters": 2 * counts.total, "optimizer": 16 * counts.of(trained)}
+
+
 def test_bytes_by_tier():
     """By hand: 2 + 4 + 4 + 8 bytes a weight, less the master where it is the weight, and a sum of gradients more in
     memory where states are on NVMe."""

@@ -6,14 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.stranger import FORMS
 from tests.training.small_run import write_pictures
 from training import quality
 from training.data.corpus import Corpus
+from training.data.importing.build import import_corpus
+from training.data.importing.reading import Settings
 from training.data.order import GlobalOrder
 from training.data.tasks import TASKS
 from training.errors import UserError
 from training.quality import Pair
 from training.recipe import parse_recipe
+from training.rivals import ridge
 from training.trained import M6
 
 
@@ -32,6 +36,40 @@ def test_pictures_are_of_one_style_and_no_flags(sample_corpus: Corpus) -> None:
     for split in ("validation", "test"):
         pictures = [sample_corpus.picture(row) for row in quality.picture_rows(sample_corpus, split)]
         assert pictures and {(p.style, p.split) for p in pictures} == {("fluent-3d", split)}
+
+
+def test_imported_pictures_are_measured_whatever_their_style(
+    m: M6, sample_corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that was trained on another corpus."""
+    rows = [row for split in ("validation", "test") for row in sample_corpus.picture_rows(split)]
+    FORMS["captions"]([sample_corpus.picture(int(row)) for row in rows], tmp_path)
+    for held_out in (0.8, 0):
+        import_corpus(
+            [tmp_path], tmp_path.with_name(f"{held_out}"), sample_corpus.folder.parent, Settings(held_out=held_out)
+        )
+    imported = Corpus.open(tmp_path.with_name("0.8"))
+    rows = quality.picture_rows(imported, "test")
+    pairs = [quality.pair_of(imported.picture(row)) for row in rows]
+    assert {imported.picture(row).style for row in rows} == {"imported"} and len(rows) == len(
+        imported.picture_rows("test")
+    )
+    similarity = quality.similarities(m, pairs)
+    found, recalls = quality.measure_retrieval(similarity, pairs)
+    assert found["image_to_text"]["r5"] > found["image_to_text"]["chance_r10"] / 2
+    for rival in ridge.rivals(imported, tmp_path / "cache", "test", [pair.words for pair in pairs], rows).values():
+        assert quality.beside(recalls, quality.measure_retrieval(rival, pairs)[1], pairs).keys() == recalls.keys()
+    names = {pair.image.tobytes(): pair.name for pair in pairs}
+    monkeypatch.setattr(m, "captions", lambda images: [names.get(image.tobytes(), "") for image in images])
+    monkeypatch.setattr(m, "answers", lambda questions: ["有" for _ in questions])
+    assert quality.measure_captions(m, pairs)["exact"] == 1
+    # Captions alone ask for nothing but what it is.
+    assert quality.measure_answers(m, imported, "test").keys() == {"what"}
+    # With nothing to learn from there are no rivals.
+    nothing = Corpus.open(tmp_path.with_name("0"))
+    assert not quality.picture_rows(nothing, "test") and not quality.corpus_texts(nothing, "train", "poem")
+    monkeypatch.setattr(Corpus, "picture_rows", lambda *_: np.arange(0))
+    assert ridge.rivals(nothing, tmp_path / "cache", "test", [], []) == {}
 
 
 def test_what_was_learned_is_found(m: M6, pairs: list[Pair]) -> None:

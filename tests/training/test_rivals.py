@@ -170,8 +170,8 @@ def test_rare_words_weigh_more():
 class Album:
     """What `fit` asks of a corpus."""
 
-    def __init__(self, pictures):
-        self.pictures = pictures
+    def __init__(self, pictures, imported=False):
+        self.pictures, self.imported = pictures, imported
 
     def picture_rows(self, split):
         return np.array([row for row, picture in enumerate(self.pictures) if picture.split == split])
@@ -187,6 +187,8 @@ def test_flags_and_other_splits_are_left_out():
     kept = [row for row, p in enumerate(pictures) if p.split != "test" and p.group != FLAGS]
     np.testing.assert_allclose(retriever.mean_D, features[kept].mean(0), rtol=1e-5)
     assert "红" not in retriever.vocabulary and "蓝" in retriever.vocabulary
+    # A stranger's flags may be what is sold.
+    assert "红" in fit(Album(pictures, imported=True), features, ["train", "validation"]).vocabulary
 
 
 def test_features_are_those_of_the_pictures(sample_corpus, features):

@@ -171,8 +171,19 @@ def test_without_a_terminal_there_is_a_plain_line_a_logged_step(
     assert "parameters/total   45,600,123" in shown
     assert shown.count(f"dropped: {DROPPED}\n") == 1 and shown.index("dropped: ") < shown.index("step 1/40")
     assert re.search(r"\nstep 10/40  loss 8\.\d{3}  2,182 tokens/s  1\d\.\d% dropped  \d s left\n", shown)
-    assert "step 20: validation loss caption 4.500\n" in shown
+    lacking = "the corpus has nothing in its validation split for denoise, image_denoise, poem, review"
+    assert f"step 20: validation loss caption 4.500; {lacking}\n" in shown
     assert shown.endswith("step 20: saved: checkpoints/[step-20]\n") and "\x1b" not in shown
+
+
+def test_what_was_evaluated_is_told_and_what_cannot_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = make_recipe(steps=40, tasks={"caption": 1.0, "poem": 1.0})
+    with Tracker(tmp_path, recipe, FACTS) as tracker:
+        tracker.evaluation(10, {"loss/validation/caption": 4.5, "loss/validation/poem": 5.0})
+        tracker.evaluation(20, {})
+    shown = capfd.readouterr().out
+    assert "step 10: validation loss caption 4.500, poem 5.000\n" in shown
+    assert "step 20: the corpus has nothing in its validation split for caption, poem\n" in shown
 
 
 def test_of_a_dense_model_nothing_is_dropped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -41,9 +42,10 @@ class Corpus:
             self.texts = _load(folder / TEXTS)
             self.features = np.load(folder / FEATURES, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, pa.ArrowException):
-            raise UserError(f"{folder}: damaged; run `m6 data fetch` to build the corpus anew") from None
+            raise UserError(f"{folder}: damaged; {_remedy(manifest)}") from None
         self.tokenizer = Tokenizer(folder / TOKENIZER)
         self.codes: np.ndarray | None = None  # [pictures, K, P], if an image tokenizer's are used
+        self.rarity: Mapping[int, float] | None = None  # of words, if they were not first met in this corpus' captions
 
     @classmethod
     def open(cls, data_dir: Path | str) -> "Corpus":
@@ -56,7 +58,7 @@ class Corpus:
         for name, entry in manifest["files"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise UserError(f"{path}: missing or of the wrong size; run `m6 data fetch` to build the corpus anew")
+                raise UserError(f"{path}: missing or of the wrong size; {_remedy(manifest)}")
         return cls(folder, manifest)
 
     @property
@@ -65,15 +67,24 @@ class Corpus:
         return self.manifest["fingerprint"]
 
     @property
+    def imported(self) -> bool:
+        """Whether `m6 data import` made it, with the tokenizer and the feature network of another corpus."""
+        return _imported(self.manifest)
+
+    @property
     def feature_network(self) -> Path:
         """The file that `features.PatchFeatures` opens to see new images as the corpus' own were seen."""
         return self.folder / FEATURE_NETWORK
+
+    @property
+    def feature_network_sha256(self) -> str:
+        return self.manifest["files"][FEATURE_NETWORK]["sha256"]
 
     def verify(self) -> None:
         """Check every file against its SHA-256; raises UserError that names the first that differs."""
         for name, entry in self.manifest["files"].items():
             if sha256_of(self.folder / name) != entry["sha256"]:
-                raise UserError(f"{self.folder / name}: damaged; run `m6 data fetch` to build the corpus anew")
+                raise UserError(f"{self.folder / name}: damaged; {_remedy(self.manifest)}")
 
     def picture(self, row: int) -> Picture:
         return Picture(**{name: column[row].as_py() for name, column in self._picture_columns.items()})
@@ -125,6 +136,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise UserError(f"{folder}: corpus of format {found}, this program reads {FORMAT}; run `m6 data fetch`")
     return manifest
+
+
+def _imported(manifest: dict[str, Any]) -> bool:
+    return "base" in manifest
+
+
+def _remedy(manifest: dict[str, Any]) -> str:
+    return f"run `m6 data {'import' if _imported(manifest) else 'fetch'}` to build the corpus anew"
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:

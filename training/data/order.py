@@ -40,11 +40,12 @@ class GlobalOrder:
         block: int = 1,
     ):
         self.tasks = sorted(tasks, key=lambda task: task.name)
-        for task in self.tasks:
-            if not len(task.pool):
-                raise UserError(
-                    f"tasks.{task.name}: the corpus has nothing for it in split {task.split!r}: leave it out"
-                )
+        if empty := [task for task in self.tasks if not len(task.pool)]:
+            switches = " ".join(f"tasks.{task.name}=0" for task in empty)
+            raise UserError(
+                f"tasks.{empty[0].name}: the corpus has nothing for it in split {empty[0].split!r}: leave it out "
+                f"({switches})"
+            )
         self.batch, self.text_positions, self.seed = batch, text_positions, seed
         self.counts = row_counts({task.name: weights[task.name] for task in self.tasks}, batch, block)
         self._places = self._spread(block)

@@ -176,9 +176,9 @@ def _stamp_sentences(data: bytes, stem: str, log: Log) -> tuple[str, str]:
     return clean(lines[0]) if lines else "", clean(chinese)
 
 
-def normalised_png(data: bytes) -> bytes:
+def normalised_png(data: bytes, still: bool = False) -> bytes:
     """PNG, RGB on white, at most LONG_SIDE pixels a side. Raises ValueError as `read_image` does."""
-    image = read_image(data)
+    image = read_image(data, still)
     if max(image.size) > LONG_SIDE:
         image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
     out = io.BytesIO()

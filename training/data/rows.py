@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Text:
-    """One text; `kind` is poem (with form, title, author) or review (with polarity, topic), others empty."""
+    """One text; `kind` is poem (with form, title, author), review (with polarity, topic) or plain, others empty."""
 
     id: str
     source: str

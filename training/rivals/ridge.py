@@ -64,11 +64,15 @@ class RidgeRetriever:
 
 
 def fit(corpus: Corpus, features_ND: np.ndarray, splits: Sequence[Split]) -> RidgeRetriever:
-    """The retriever of all pictures of these splits but flags, given `pooled_features` of the corpus."""
-    rows = np.concatenate([corpus.picture_rows(split) for split in splits])
-    pictures = [corpus.picture(int(row)) for row in rows]
-    kept = [place for place, picture in enumerate(pictures) if picture.group != FLAGS]
-    return RidgeRetriever(features_ND[rows[kept]], [picture_words(pictures[place]) for place in kept])
+    """The retriever of all pictures of these splits that can be named, given `pooled_features` of the corpus."""
+    rows = [row for split in splits for row in nameable_rows(corpus, split)]
+    return RidgeRetriever(features_ND[rows], [picture_words(corpus.picture(row)) for row in rows])
+
+
+def nameable_rows(corpus: Corpus, split: str) -> list[int]:
+    """Of a split all pictures, but of a fetched corpus no flags."""
+    rows = corpus.picture_rows(split).tolist()
+    return rows if corpus.imported else [row for row in rows if corpus.picture(row).group != FLAGS]
 
 
 def stored_features(corpus: Corpus) -> np.ndarray:
@@ -80,8 +84,11 @@ def rivals(corpus: Corpus, cache: Path | str, split: str, texts: Sequence[str], 
     """What each rival makes of these pictures of a split, and texts.
 
     `ridge`: of 144 px. `ridge_stored`: of what models are given, by standard scores as theirs are. Trained on the
-    training split, and for the test split on the validation split, too. `cache` and errors as of `pooled_features`.
+    training split, and for the test split on the validation split, too; there are none if the training split has no
+    pictures. `cache` and errors as of `pooled_features`.
     """
+    if not len(corpus.picture_rows("train")):
+        return {}
     known: list[Split] = ["train", "validation"] if split == "test" else ["train"]
     features = {"ridge": pooled_features(corpus, cache), "ridge_stored": stored_features(corpus)}
     fitted = {name: fit(corpus, of_ND, known) for name, of_ND in features.items()}

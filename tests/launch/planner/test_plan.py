@@ -304,6 +304,18 @@ def test_disks_too_small_for_checkpoints_are_told(tmp_path: Path) -> None:
         assert all(f"{3 * plan.terms['checkpoint.bytes'].value / 64 / 1e9:,.1f} GB a node" in one for one in found)
 
 
+def test_what_is_frozen_takes_no_states_and_is_told() -> None:
+    begun = ["start.checkpoint=x", "start.digest=y", "start.tasks=[caption]"]
+    whole, some = (plan_of("m6-t-100b", A100, *begun, *changes) for changes in ((), ("tune.adapter_rank=16",)))
+    trained, total = (some.terms[f"parameters.{name}"].value for name in ("trained", "total"))
+    assert whole.terms["parameters.trained"].value == whole.terms["parameters.total"].value < total
+    assert as_json(some)["parameters"]["trained"] == trained < 0.05 * total
+    assert any(f"{trained:,.0f} of {total:,.0f} parameters are trained" in remark for remark in some.remarks)
+    assert not any("are trained" in remark for remark in whole.remarks)
+    states = [plan.terms["memory.states"].value + plan.terms["memory.cpu.optimizer"].value for plan in (whole, some)]
+    assert states[1] < states[0] / 3
+
+
 def test_settings_that_no_term_stands_for_are_told() -> None:
     changes = [
         "ds.zero_optimization.stage3_param_persistence_threshold=100000", "ds.communication_data_type=fp32",

@@ -39,10 +39,10 @@ def test_the_headline_plans_are_what_comes_out() -> None:
 
 
 def test_goals_that_are_met(rows: list[dict[str, str]]) -> None:
-    """Those that are not, docs/planner.md names."""
+    """On these rows all; docs/planner.md tells which are not on rows left out."""
     groups = score([predict(row) for row in rows])
     within = {"MLM21": 0.1, "MLM20": 0.1, "KOR": 0.1, "MCH100": 0.1, "TT": 0.1, "BSA": 0.1, "KORMEM": 0.1, "MLP": 0.1}
-    within |= {"ZINF": 0.15, "AZ": 0.15, "MXTRL": 0.15, "Q235": 0.15}
+    within |= {"BSV": 0.1, "ZINF": 0.15, "AZ": 0.15, "MXTRL": 0.15, "Q235": 0.15, "DSMOE": 0.15, "BR": 0.15}
     for name, goal in within.items():
         error = groups[name].mean_abs_error
         assert error is not None and error <= goal, name

@@ -71,7 +71,6 @@ def test_damaged_corpus_is_built_anew_after_an_interruption(data_dir):
     (built.folder / "tokenizer.model").write_bytes(b"damage")
     # What a killed fetch may leave behind.
     (data_dir / "corpus.partial" / "pictures").mkdir(parents=True)
-    (data_dir / "corpus.replaced").mkdir()
     again = fetch.fetch(data_dir)
     assert not again.up_to_date and again.manifest["fingerprint"] == fingerprint
     assert sorted(path.name for path in data_dir.iterdir()) == [".lock", "bin", "corpus", "downloads"]
@@ -127,7 +126,7 @@ def test_damaged_download_is_fetched_again(data_dir, packages):
 def test_two_fetches_do_not_share_a_folder(data_dir):
     with (data_dir / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another `m6 data fetch` is at work"):
+        with pytest.raises(UserError, match="another `m6 data fetch` or `m6 data import` is at work"):
             fetch.fetch(data_dir)
 
 

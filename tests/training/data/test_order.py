@@ -139,7 +139,7 @@ def test_width_holds_every_row(mixed, data):
 def test_a_task_without_items_is_named(sample_corpus):
     task = TASKS["poem"](sample_corpus, "train")
     task.pool = task.pool[:0]
-    with pytest.raises(UserError, match=r"tasks.poem: the corpus has nothing for it in split 'train': leave it out"):
+    with pytest.raises(UserError, match=r"poem: the corpus has nothing for it in split 'train': leave it out \(tasks"):
         GlobalOrder([task], {"poem": 1}, 8, 96, 1)
 
 

@@ -28,7 +28,7 @@ class Contrast(Task):
 
     def __init__(self, corpus: Corpus, split: str):
         super().__init__(corpus, split)
-        self.rarity = word_rarity(corpus)
+        self.rarity = corpus.rarity or word_rarity(corpus)
 
     def items(self) -> np.ndarray:
         rows = self.corpus.picture_rows(self.split)
