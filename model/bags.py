@@ -28,10 +28,12 @@ class Bags(nn.Module):
     def __init__(self, config: ModelConfig, *key: object):
         super().__init__()
         self.vocab = config.text_vocab
-        self.image = Linear(config.image_channels, config.bag_width, config.init_std, *key, "bag of patches")
-        self.words = Vocabulary(config.text_vocab, config.bag_width, config.init_std, *key, "bag of pieces")
-        self.asked_image = Linear(config.image_channels, config.bag_width, config.init_std, *key, "asked of patches")
-        self.asked_words = Vocabulary(config.text_vocab, config.bag_width, config.init_std, *key, "asked of pieces")
+        vocab, channels, rank = config.text_vocab, config.image_channels, config.adapter_rank
+        width, std = config.bag_width, config.init_std
+        self.image = Linear(channels, width, std, *key, "bag of patches", adapter_rank=rank)
+        self.words = Vocabulary(vocab, width, std, *key, "bag of pieces", adapter_rank=rank)
+        self.asked_image = Linear(channels, width, std, *key, "asked of patches", adapter_rank=rank)
+        self.asked_words = Vocabulary(vocab, width, std, *key, "asked of pieces", adapter_rank=rank)
 
     def forward(self, tokens_BT: Tensor, source_B: Tensor, image_BPC: Tensor, has_image_B: Tensor) -> Tensor:
         """[B, S]: of each row's picture, or of its source if it has none. Image codes count for nothing."""

@@ -51,9 +51,7 @@ class ModelConfig:
     image_channels: int = 2_048  # of one patch: CNN channels, or 3 * p * p pixels
     bag_width: int = 0  # of the sums that search goes by beside the trunk (`model/bags.py`); 0: the trunk alone
     init_std: float = 0.02
-    adapter_rank: int = (
-        0  # of low-rank adapters beside attention and feed-forward weights (`model/adapters.py`); 0: none
-    )
+    adapter_rank: int = 0  # of low-rank adapters of attention, feed-forward layers and bags; 0: none
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "ffn", "heads", "k", "text_vocab", "max_positions"):
@@ -98,10 +96,12 @@ class ModelConfig:
         return (inputs + 1) * self.hidden * self.ffn + inputs * self.ffn + self.hidden
 
     @property
-    def adapter_parameters(self) -> tuple[int, int]:
-        """Parameters of the adapters of one layer's attention, and of one expert (or the dense feed-forward layer)."""
-        inputs = 2 if self.gated_experts else 1
-        return 6 * self.hidden * self.adapter_rank, (2 * self.hidden + (inputs + 1) * self.ffn) * self.adapter_rank
+    def adapter_parameters(self) -> tuple[int, int, int]:
+        """Of the adapters of one layer's attention, of one expert (or dense feed-forward layer), and of the bags."""
+        inputs, bags = 2 if self.gated_experts else 1, bool(self.bag_width)
+        attention, expert = 6 * self.hidden, 2 * self.hidden + (inputs + 1) * self.ffn
+        maps_and_tables = 2 * bags * (self.image_channels + self.text_vocab + 2 * self.bag_width)
+        return attention * self.adapter_rank, expert * self.adapter_rank, maps_and_tables * self.adapter_rank
 
     def parameter_counts(self) -> ParameterCounts:
         """Exact counts by component, equal to the built model's."""
@@ -112,7 +112,7 @@ class ModelConfig:
         experts = max(self.experts, 1) * self.expert_parameters
         embeddings = (self.vocab + self.max_positions + SEGMENTS) * h
         image = self.image_channels * h + h + self.image_patches * h + 2 * h
-        beside_attention, beside_expert = self.adapter_parameters
+        beside_attention, beside_expert, beside_bags = self.adapter_parameters
         layer_active = attention + norms + router + beside_attention
         layer_active += self.experts_used * (self.expert_parameters + beside_expert)
         return ParameterCounts(
@@ -123,7 +123,7 @@ class ModelConfig:
             routers=physical * router,
             experts=physical * experts,
             bags=2 * (self.image_channels + 1 + self.text_vocab) * self.bag_width,
-            adapters=physical * (beside_attention + max(self.experts, 1) * beside_expert),
+            adapters=physical * (beside_attention + max(self.experts, 1) * beside_expert) + beside_bags,
             active=embeddings + image + 2 * h + self.layers * layer_active,
         )
 
@@ -139,7 +139,7 @@ class ModelConfig:
         if assignments is None:
             assignments = tokens * self.layers * self.experts_used
         inputs, positions = 2 if self.gated_experts else 1, tokens * self.layers
-        beside_attention, beside_expert = self.adapter_parameters
+        beside_attention, beside_expert, _ = self.adapter_parameters
         matrices = {
             "attention": positions * 4 * self.hidden * self.hidden,
             "routers": positions * self.hidden * self.experts,

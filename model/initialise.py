@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.adapters import adapted
+from model.adapters import SCALE, adapted
 
 
 def fill_normal(tensor: Tensor, std: float, *key: object) -> None:
@@ -62,12 +62,17 @@ class Table(nn.Module):
 
 
 class Vocabulary(nn.Module):
-    """A tied table of entries: ids -> embeddings, hidden states -> logits."""
+    """A tied table of entries: ids -> embeddings, hidden states -> logits. It may have an adapter."""
 
-    def __init__(self, entries: int, width: int, std: float, *key: object):
+    def __init__(self, entries: int, width: int, std: float, *key: object, adapter_rank: int = 0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(entries, width))
         fill_normal(self.weight, std, *key)
+        self.adapted = adapter_rank > 0
+        if self.adapted:
+            self.weight_lora_a = nn.Parameter(torch.empty(adapter_rank, width))
+            self.weight_lora_b = nn.Parameter(torch.zeros(entries, adapter_rank))
+            fill_normal(self.weight_lora_a, width**-0.5, *key, "adapter")
 
     def forward(self, x: Tensor, entries: range | None = None) -> Tensor:
         """Integers [...] -> [..., D]; floats [..., D] -> logits [..., V] of all entries or of some.
@@ -75,5 +80,8 @@ class Vocabulary(nn.Module):
         Both ways go through the module's call, because ZeRO-3 gathers a weight when its module is called.
         """
         if not x.is_floating_point():
-            return F.embedding(x, self.weight)
-        return F.linear(x, self.weight if entries is None else self.weight[entries.start : entries.stop])
+            y = F.embedding(x, self.weight)
+            return y + SCALE * F.embedding(x, self.weight_lora_b) @ self.weight_lora_a if self.adapted else y
+        own = slice(None) if entries is None else slice(entries.start, entries.stop)
+        y = F.linear(x, self.weight[own])
+        return adapted(y, x, self.weight_lora_a, self.weight_lora_b[own]) if self.adapted else y

@@ -22,7 +22,7 @@ DEVICE, CPU, NVME = TIERS = ("device", "cpu", "nvme")  # the warmest first
 OUTSIDE = "outside"  # the embeddings, the image's input, the last norm, the bags
 AUTO = "auto"
 PARAMETERS, OPTIMIZER = KINDS = ("parameters", "optimizer")
-IN_LAYERS = ("attention", "norms", "routers", "experts", ADAPTERS)  # parts of the model; norms are outside, too
+IN_LAYERS = ("attention", "norms", "routers", "experts", ADAPTERS)  # parts of the model, if not as a whole
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Elements:
         `trained`: the parts of the model that are.
         """
         counts, physical = model.parameter_counts(), 1 if model.share_layers else model.layers
-        outside = {part: getattr(counts, part) for part in ("embeddings", "image", "bags")} | {
-            "norms": 2 * model.hidden
-        }
-        beside_experts = model.experts * model.adapter_parameters[1] * physical
+        _, beside_expert, beside_bags = model.adapter_parameters
+        outside = {part: getattr(counts, part) for part in ("embeddings", "image", "bags")}
+        outside |= {"norms": 2 * model.hidden, ADAPTERS: beside_bags}
+        beside_experts = model.experts * beside_expert * physical
         experts = {"experts": counts.experts, ADAPTERS: beside_experts} if model.experts else {}
         common = {part: getattr(counts, part) - outside.get(part, 0) - experts.get(part, 0) for part in IN_LAYERS}
 

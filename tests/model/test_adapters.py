@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.adapters import SCALE, merge, names_beside
 from model.config import ModelConfig
@@ -18,6 +18,7 @@ SHAPES = {
     "gated": dataclasses.replace(ADAPTED, gated_experts=True),
     "dense": dataclasses.replace(DENSE, adapter_rank=3),
     "shared": dataclasses.replace(ADAPTED, share_layers=True),
+    "bags": dataclasses.replace(ADAPTED, bag_width=6),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -39,9 +40,15 @@ def product(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return b @ a if weight.dim() == 2 else a @ b
 
 
-def loss(model: nn.Module) -> Tensor:
-    out = model(sample_batch(model.config))
-    return out["loss_B"].sum() + out["auxiliary"]
+def loss(model: M6) -> Tensor:
+    batch = sample_batch(model.config)
+    out = model(batch)
+    of_bags = 0.0
+    if model.bags:
+        x_BS = model.bags(batch["tokens_BT"], batch["source_B"], batch["image_BPC"], batch["has_image_B"])
+        asked_BV = model.bags.asked_for(batch["image_BPC"])
+        of_bags = x_BS.square().sum() - model.bags.likely_words(x_BS)[:, 3].sum() - asked_BV[:, 5].sum()
+    return out["loss_B"].sum() + out["auxiliary"] + of_bags
 
 
 def freeze(model: M6, *trained: str) -> M6:

@@ -42,6 +42,8 @@ def file_refusal(path):
 def test_every_recipe_that_ships_loads(path):
     if path.stem.startswith("image-tokenizer"):
         assert isinstance(load_image_recipe(path), ImageTokenizerRecipe)
+    elif path.stem == "finetune":  # whose model is that of the run that it starts from
+        assert isinstance(load_recipe(path, ["model=m6-tiny"]), Recipe)
     else:
         assert isinstance(load_recipe(path), Recipe)
 

@@ -473,12 +473,18 @@ def test_a_style_that_cannot_be_is_refused(m: M6, style: Style) -> None:
         m.write(PROMPT, style)
 
 
-def test_other_data_than_the_runs_is_refused(run: Path, sample_corpus: Corpus, tmp_path: Path) -> None:
+def test_other_data_of_the_same_tokenizer_and_network_is_as_good(
+    run: Path, m: M6, pictures: list[Image.Image], sample_corpus: Corpus, tmp_path: Path
+) -> None:
     copy = tmp_path / "data" / "corpus"
     shutil.copytree(sample_corpus.folder, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
-    with pytest.raises(UserError, match=r"trained on other data than .*corpus; give its own with --data"):
+    manifest = json.loads((copy / "manifest.json").read_text()) | {"fingerprint": "0" * 64}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    other = M6.load(run, data=tmp_path / "data")
+    assert other.captions(pictures[:2]) == m.captions(pictures[:2]) and other.identity == m.identity
+    manifest["files"]["feature_network.safetensors"]["sha256"] = "0" * 64
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"another tokenizer or feature network than .*corpus has; .* --base"):
         M6.load(run, data=tmp_path / "data")
 
 
