@@ -20,7 +20,7 @@ from launch.serving.limits import Limits
 from launch.serving.metrics import CONTENT_TYPE, Metrics
 from launch.serving.pictures import NoPicture, mask, original, png, seen
 from launch.serving.refusals import Refusal, busy, left, too_late
-from launch.serving.shelf import Collection, Shelf
+from launch.serving.shelf import Collection, Shelf, check_name, named
 from launch.serving.stream import events
 from training.data.tasks.match import match_question
 from training.painting import Region
@@ -43,7 +43,7 @@ class Service:
         for collection in self.shelf if not self.abilities.why_not["search"] else ():
             if collection.indexed < len(collection.ids()):
                 with contextlib.suppress(Refusal):  # more of them than may wait: they are with the next pictures
-                    self._submit("index", collection)
+                    self._submit("index", collection.update)
 
     # ---- what the model does
 
@@ -111,17 +111,23 @@ class Service:
     async def add(self, request: Request, said: asked.ForCollection) -> told.Added:
         """Put pictures into a collection, which is made if there is none of the name, to be found from then on."""
         self.abilities.check("search")
-        images = [await self._seen(data) for data in said.images]
-        collection = self.shelf.open(request.path_params["name"])
-        await asyncio.to_thread(self.shelf.check_room, collection, len(images))
-        ids = await asyncio.to_thread(collection.keep, images)
-        # Whoever leaves meanwhile leaves his pictures: the index is brought up to date all the same.
-        await self._answer(request, self._submit("index", collection), given_up=False)
-        return told.Added(**await asyncio.to_thread(_stand, collection), ids=ids)
+        name = check_name(request.path_params["name"])
+        files = [await asyncio.to_thread(named, await self._seen(data)) for data in said.images]
+
+        def take(m: M6) -> dict[str, Any]:
+            collection = self.shelf.open(name)
+            self.shelf.check_room(collection, len(files))
+            collection.take(m, dict(files))
+            return _stand(collection)
+
+        # Whoever leaves meanwhile leaves his pictures: they are put in all the same.
+        stand = await self._answer(request, self._submit("index", take), given_up=False)
+        return told.Added(**stand, ids=[one for one, _ in files])
 
     async def delete(self, request: Request) -> Response:
         """Remove a collection and its pictures."""
-        await asyncio.to_thread(self.shelf.delete, request.path_params["name"])
+        name = self.shelf.get(request.path_params["name"]).name
+        await self._answer(request, self._submit("index", lambda _: self.shelf.delete(name)), given_up=False)
         return Response(status_code=204)
 
     async def search(self, request: Request, said: asked.ForSearch) -> told.Hits:
@@ -182,7 +188,7 @@ class Service:
 
     async def _answer(self, request: Request, job: Job, given_up: bool = True) -> Any:
         """Of a job; if it takes too long, or its client leaves, it is `given_up`."""
-        leaving = asyncio.ensure_future(request.receive())  # nothing more is to come but that
+        leaving = asyncio.ensure_future(_leaving(request))
         try:
             await asyncio.wait(
                 (job.answer, leaving), timeout=job.left(self.limits.seconds), return_when=asyncio.FIRST_COMPLETED
@@ -206,6 +212,12 @@ class Service:
         return StreamingResponse(
             events(job, pieces, self.limits), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
         )
+
+
+async def _leaving(request: Request) -> None:
+    """Until its client leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _stand(collection: Collection) -> dict[str, Any]:

@@ -14,9 +14,8 @@ import fcntl
 import hashlib
 import re
 import shutil
-import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -53,13 +52,12 @@ class Collection:
     def ids(self) -> list[str]:
         return sorted(path.stem for path in self.pictures.glob(f"*{SUFFIX}") if PICTURE.fullmatch(path.stem))
 
-    def keep(self, images: Sequence[Image.Image]) -> list[str]:
-        """Write pictures; their ids. Raises OSError."""
-        ids = [_id(image) for image in images]
-        for one, image in zip(ids, images, strict=True):
+    def take(self, m: M6, files: Mapping[str, bytes]) -> None:
+        """Write PNG files of these ids, and bring the index up to date. Raises OSError."""
+        for one, content in files.items():
             if not (path := self._path(one)).exists():
-                replace(path, png(image))
-        return ids
+                replace(path, content)
+        self.update(m)
 
     def picture(self, one: str) -> bytes | None:
         """The PNG of an id, if there is one."""
@@ -68,11 +66,10 @@ class Collection:
         except FileNotFoundError:
             return None
 
-    def update(self, m: M6) -> int:
-        """Bring the index up to date with the pictures; how many it has."""
+    def update(self, m: M6) -> None:
+        """Bring the index up to date with the pictures."""
         if self.index.update(m, keep=self._save):
             self._save()
-        return self.indexed
 
     def found(self, asked: Embeddings, most: int) -> list[Hit]:
         return self.index.found(asked, most) if self.indexed else []
@@ -85,13 +82,12 @@ class Collection:
 
 
 class Shelf:
-    """All collections under one folder."""
+    """All collections under one folder. They are made, filled and deleted by one thread."""
 
     def __init__(self, home: Path, identity: str, limits: Limits):
         """Raises UserError if another server has it."""
         self.home, self.identity, self.limits = home, identity, limits
         self._lock = _locked(home)
-        self._mutex = threading.Lock()
         self._clear()
         named = sorted(path for path in home.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
         self._collections = {path.name: Collection(path, identity) for path in named}
@@ -117,16 +113,12 @@ class Shelf:
         raise Refusal(404, "no_collection", "there is no collection of this name")
 
     def open(self, name: str) -> Collection:
-        """That of a name, made if there is none. Raises Refusal, OSError."""
-        if not NAME.fullmatch(name):
-            rule = "letters, digits, - and _, up to 50, and begins with a letter or digit"
-            raise Refusal(422, "name", f"a collection's name has {rule}")
-        with self._mutex:
-            if name not in self._collections:
-                if len(self._collections) >= self.limits.collections:
-                    raise Refusal(409, "full", f"there are {self.limits.collections} collections: delete one")
-                self._collections[name] = Collection(self.home / name, self.identity)
-            return self._collections[name]
+        """That of a name (see `check_name`), made if there is none. Raises Refusal, OSError."""
+        if name not in self._collections:
+            if len(self._collections) >= self.limits.collections:
+                raise Refusal(409, "full", f"there are {self.limits.collections} collections: delete one")
+            self._collections[name] = Collection(self.home / name, self.identity)
+        return self._collections[name]
 
     def check_room(self, collection: Collection, more: int) -> None:
         """Raises Refusal."""
@@ -135,12 +127,18 @@ class Shelf:
 
     def delete(self, name: str) -> None:
         """Raises Refusal, OSError."""
-        with self._mutex:
-            folder = self.get(name).folder
-            gone = self.home / f".{uuid.uuid4().hex}"
-            folder.rename(gone)
-            del self._collections[name]
+        gone = self.home / f".{uuid.uuid4().hex}"
+        self.get(name).folder.rename(gone)
+        del self._collections[name]
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def check_name(name: str) -> str:
+    """The name, if a collection may have it. Raises Refusal."""
+    if not NAME.fullmatch(name):
+        rule = "letters, digits, - and _, up to 50, and begins with a letter or digit"
+        raise Refusal(422, "name", f"a collection's name has {rule}")
+    return name
 
 
 def _locked(home: Path) -> IO[str]:
@@ -156,6 +154,6 @@ def _locked(home: Path) -> IO[str]:
     return lock
 
 
-def _id(image: Image.Image) -> str:
-    """Equal pictures have one."""
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
+def named(image: Image.Image) -> tuple[str, bytes]:
+    """A picture's id, which equal ones share, and its PNG."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32], png(image)

@@ -45,9 +45,9 @@ def searches(m: M6, asked: Sequence[tuple[Collection, str, int]]) -> list[list[H
     return [collection.found(queries[[n]], most) for n, (collection, _, most) in enumerate(asked)]
 
 
-def updates(m: M6, asked: Sequence[Collection]) -> list[int]:
-    """How many pictures each has that can be found."""
-    return [collection.update(m) for collection in asked]
+def changes(m: M6, asked: Sequence[Callable[[M6], Any]]) -> list[Any]:
+    """Of collections."""
+    return [change(m) for change in asked]
 
 
 def open_lanes(desk: Desk, m: M6, rows: int) -> None:
@@ -56,7 +56,7 @@ def open_lanes(desk: Desk, m: M6, rows: int) -> None:
     works: dict[str, tuple[Callable[[M6, Any], Sequence[Any]], int]] = {
         "caption": (captions, rows), "ask": (answers, rows), "match": (matches, rows), "search": (searches, rows),
         # These fill a batch each: a drawing by its tries, an index by its pictures.
-        "draw": (drawings, 1), "edit": (edits, 1), "index": (updates, 1),
+        "draw": (drawings, 1), "edit": (edits, 1), "index": (changes, 1),
     }  # fmt: skip
     desk.open(
         WritingLane(desk, m, rows), *(Lane(desk, task, partial(work, m), most) for task, (work, most) in works.items())

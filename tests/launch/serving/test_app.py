@@ -125,6 +125,21 @@ def test_a_collection_outlasts_its_server(m: M6, pictures: list[bytes], tmp_path
     assert not (tmp_path / "store" / ".left").exists()
 
 
+def test_a_collection_that_is_deleted_while_it_is_filled_is_gone(
+    m: M6, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_model(m, monkeypatch, 0.02)
+    with serving(m, tmp_path) as client, ThreadPoolExecutor(1) as pool:
+        client.form("/v1/collections/a", ("images", pictures[0]))
+        filling = pool.submit(client.form, "/v1/collections/a", *(("images", one) for one in pictures[1:4]))
+        until(lambda: client.counted("m6_clients") == 2)
+        time.sleep(0.2)
+        assert client.request("DELETE", "/v1/collections/a").status == 204
+        assert filling.result().json()["indexed"] == 4
+        assert client.get("/v1/collections/a").status == 404
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def until(holds, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not holds():

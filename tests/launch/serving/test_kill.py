@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from launch.serving.limits import Limits
-from launch.serving.shelf import Collection, Shelf
+from launch.serving.shelf import Collection, Shelf, named
 from tests.launch.serving.served import Client, ServerProcess
 from training.data.images import read_image
 from training.trained import M6
@@ -31,8 +31,7 @@ def before(m: M6, images: list[Image.Image], tmp_path_factory: pytest.TempPathFa
     """Gives a store with one collection, as it was at first: an index knows its pictures by their place."""
     home = tmp_path_factory.mktemp("before") / "store"
     collection = Collection(home / "a", m.identity)
-    collection.keep(images[:OLD])
-    collection.update(m)
+    collection.take(m, dict(map(named, images[:OLD])))
     shutil.copytree(home, kept := home.with_name("kept"))
 
     def restored() -> Path:
@@ -65,7 +64,8 @@ def check(home: Path, m: M6) -> int:
         hits = collection.found(m.embed_texts(["红色"]), 99)
         assert len(hits) == indexed and {hit.path.stem for hit in hits} <= set(collection.ids())
         assert all(read_image(path.read_bytes()) for path in collection.pictures.iterdir())
-        assert collection.update(m) == len(collection.ids())
+        collection.update(m)
+        assert collection.indexed == len(collection.ids())
     finally:
         shelf.close()
     return indexed
@@ -93,8 +93,7 @@ def test_killed_at_the_worst_moments(moment: str, before: Callable[[], Path], im
     def add() -> None:
         Path.replace = killing  # type: ignore[method-assign]  # in the child alone
         collection = Collection(home / "a", m.identity)
-        collection.keep(images[:NEW])
-        collection.update(m)
+        collection.take(m, dict(map(named, images[:NEW])))
 
     _, status = os.waitpid(in_child(add), 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
@@ -104,8 +103,7 @@ def test_killed_at_the_worst_moments(moment: str, before: Callable[[], Path], im
 def test_killed_at_any_moment(before: Callable[[], Path], images: list[Image.Image], m: M6) -> None:
     def add(home: Path) -> None:
         collection = Collection(home / "a", m.identity)
-        collection.keep(images[:NEW])
-        collection.update(m)
+        collection.take(m, dict(map(named, images[:NEW])))
 
     found, kills = set(), 8
     seconds = 0.0
