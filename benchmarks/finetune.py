@@ -31,7 +31,7 @@ from training.run import FOLDER
 RECIPE = "launch/recipes/finetune.yaml"
 HELD_OUT = 0.3  # of the families of `things`
 AGAIN = "noto"  # the style in which the goods are seen again
-WAYS = {"all": [], "adapters": ["tune.adapter_rank=16"]}
+WAYS = {"all": [], "adapters": ["tune.adapter_rank=8", "optimizer.lr=2e-3"]}
 
 
 def main() -> None:
