@@ -31,7 +31,7 @@ from training.run import FOLDER
 RECIPE = "launch/recipes/finetune.yaml"
 HELD_OUT = 0.3  # of the families of `things`
 AGAIN = "noto"  # the style in which the goods are seen again
-WAYS = {"all": [], "adapters": ["tune.adapter_rank=16"]}
+WAYS = {"all": [], "adapters": ["tune.adapter_rank=8", "optimizer.lr=2e-3"]}
 
 
 def main() -> None:
@@ -110,9 +110,12 @@ def show(name: str, figures: dict[str, Any]) -> None:
         found = figures["before_after"][part]
         for key, (title, digits) in MEASURES.items():
             if one := found.get(key):
-                interval = f"{one['low']:+.{digits}f} to {one['high']:+.{digits}f}"
-                print(f"| {part}: {title} | {one['before']:.{digits}f} | {one['after']:.{digits}f} "
-                      f"| {one['difference']:+.{digits}f} ({interval}) | {one['not_better']:.3f} |")  # fmt: skip
+                before, after, difference, low, high = (
+                    f"{one[name]:{sign}.{digits}f}"
+                    for name, sign in (("before", ""), ("after", ""), ("difference", "+"), ("low", "+"), ("high", "+"))
+                )
+                worse = "" if "texts" in one else f"{one['not_better']:.3f}"  # of bits fewer are better
+                print(f"| {part}: {title} | {before} | {after} | {difference} ({low} to {high}) | {worse} |")
 
 
 if __name__ == "__main__":

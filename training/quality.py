@@ -77,7 +77,10 @@ def pair_of(picture: Picture) -> Pair:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """A stranger's pictures: JSON lines {"image": path beside the file, "zh": …, "en": … or null}. Raises UserError."""
+    """A stranger's pictures: JSON lines {"image": path beside the file, "zh": …, "en": … or null}. Raises UserError.
+
+    Rows of one "family", if they name one, are drawn together for intervals.
+    """
     pairs = []
     for line, row in _lines(path):
         zh, en, image = row.get("zh"), row.get("en"), row.get("image")
@@ -88,7 +91,8 @@ def read_pairs(path: Path) -> list[Pair]:
         except UserError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
         name, english = clean(zh), clean(en or "")
-        pairs.append(Pair(picture, name, name, [english] if english else [], f"{line}", english))
+        family = row["family"] if _is_text(row.get("family")) else f"{line}"
+        pairs.append(Pair(picture, name, name, [english] if english else [], family, english))
     return pairs
 
 

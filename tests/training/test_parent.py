@@ -29,6 +29,7 @@ from training.evaluation import FIGURES, OF_FILES, tables
 from training.image_folder import image_codes
 from training.own_data import check_usable
 from training.parent import Parent, load_recipe, settle
+from training.quality import read_pairs
 from training.recipe import TASK_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,8 +224,9 @@ def test_a_fine_tuned_run_goes_on_without_its_parent_and_is_measured_beside_it(
     known = m.background.rarity
     assert {**known, **parent.background.rarity} == known and len(m.background.patches_NPC) > 1
 
-    # On pictures of one's own, and beside the parent, there and where that had learned.
+    # On pictures of one's own, whose families hold together, and beside the parent, there and where that had learned.
     rows = write_rows(sample_corpus, range(60, 80), tmp_path / "again")
+    assert [pair.family for pair in read_pairs(rows)] == [sample_corpus.picture(row).family for row in range(60, 80)]
     arguments = ["eval", "--run", "tuned", "--pairs", str(rows), "--split", "validation"]
     measured = CliRunner().invoke(m6, arguments, standalone_mode=False)
     assert measured.exception is None, measured.exception
