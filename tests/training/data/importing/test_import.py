@@ -144,6 +144,10 @@ def test_no_picture_crosses_splits(sample_corpus, base, shop, tmp_path):
         splits.setdefault(picture.image, set()).add(picture.split)
     assert {len(found) for found in splits.values()} == {1}
     assert splits[trained.image] == {"train"}
+    poems = [sample_corpus.text(int(row)).text for row in sample_corpus.text_rows("train", "poem")[:20]]
+    path = lines(tmp_path / "poems.jsonl", [{"text": text.replace("，", " ")} for text in poems] + [{"text": "别的"}])
+    import_corpus([path], tmp_path / "texts", base, Settings(held_out=0.99))
+    assert set(Corpus.open(tmp_path / "texts").texts["split"][:20]) == {"train"}
     assert set.union(*splits.values()) == {"train", "validation", "test"}
     assert len(set(built.pictures["family"])) < len(rows)
 
