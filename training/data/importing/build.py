@@ -24,11 +24,10 @@ from training.data.importing.families import families, splits
 from training.data.importing.folder import Folder
 from training.data.importing.forms import open_sources
 from training.data.importing.intake import Intake, Kept, Reason
-from training.data.importing.reading import Reader, Settings, check_columns, mark_of
+from training.data.importing.reading import Reader, Settings, check_columns, mark_of, mark_of_text
 from training.data.importing.sources import Source
 from training.data.progress import phase, working
 from training.data.rows import Picture
-from training.data.splits import shared_split
 from training.errors import UserError
 
 Tell = Callable[[str], object]
@@ -192,7 +191,11 @@ class _Import:
         return _with(kept.table(), family=found, split=chosen)
 
     def _texts(self, kept: Kept) -> pa.Table:
-        return _with(kept.table(), split=[shared_split(key, self.settings.held_out) for key in kept.keys])
+        """With splits."""
+        columns = (self.base.texts.data.column(name) for name in ("text", "split"))
+        both = zip(*columns, strict=True) if len(kept) else ()
+        trained = {mark_of_text(text.as_py()) for text, split in both if split.as_py() == "train"}
+        return _with(kept.table(), split=splits(kept.keys, kept.marks, trained, self.settings.held_out))
 
     def _save(self, name: str, kept: Kept, table: pa.Table) -> pa.Table:
         """Write the table, and read it from there."""
