@@ -262,8 +262,6 @@ def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
     """
     from deepspeed.utils import groups, safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-    from training import states
-
     if rank.config.optimizer_states == "8-bit":
         return decoded_states(rank)
     found: dict[str, dict[int, bytes]] = {}
@@ -277,7 +275,7 @@ def state_digests(rank: Rank) -> dict[str, dict[int, bytes]]:
         if not parameter.requires_grad:
             found.setdefault(f"{name}.master", {})[first] = frozen_values(parameter)[:real].numpy().tobytes()
             continue
-        for kind in ("master", *(("exp_avg", "exp_avg_sq") if states.adam_step(rank.engine) else ())):
+        for kind in ("master", *(("exp_avg", "exp_avg_sq") if rank.engine.deepspeed.optimizer.optimizer.state else ())):
             get = safe_get_local_fp32_param if kind == "master" else safe_get_local_optimizer_state
             value = get(parameter) if kind == "master" else get(parameter, kind)
             found.setdefault(f"{name}.{kind}", {})[first] = value[:real].detach().numpy().tobytes()
