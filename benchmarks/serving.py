@@ -34,6 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = {"batched": 32, "one at a time": 1}
 CROWD, PATIENCE = 200, 16  # clients at once, and rows that may wait for the model then
 TOKENS = 48
+COLUMNS = (
+    *("task", "clients", "server", "p50, s", "p95, s", "first piece, s", "core-s a request", "requests a second"),
+    *("times", "lost"),
+)
 
 
 @dataclass(frozen=True)
@@ -158,13 +162,11 @@ def compare(name: str, act: Ask, servers: dict[str, Server], arguments: argparse
         for kind in servers:
             times = [one.seconds for one in answers[kind]]
             lost = sum(one.status != 200 for one in answers[kind])
-            first = f"{at(0.5, [one.first for one in answers[kind]]):.2f}" if name == "write" else ""
-            print(
-                f"| {name} | {clients} | {kind} | {at(0.5, times):.2f} | {at(0.95, times):.2f} | {first} | "
-                f"{work[kind] / len(times):.3f} | {statistics.median(rates[kind]):.2f} | {f'{quotient:.1f}' if kind == 'batched' else ''} | "
-                f"{lost} of {len(times)} |",
-                flush=True,
-            )
+            cells = [name, clients, kind, f"{at(0.5, times):.2f}", f"{at(0.95, times):.2f}"]
+            cells.append(f"{at(0.5, [one.first for one in answers[kind]]):.2f}" if name == "write" else "")
+            cells += [f"{work[kind] / len(times):.3f}", f"{statistics.median(rates[kind]):.2f}"]
+            cells += [f"{quotient:.1f}" if kind == "batched" else "", f"{lost} of {len(times)}"]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def overload(run: str, data: Path, requests: Requests) -> None:
@@ -199,10 +201,7 @@ def main() -> None:
             for act in (requests.caption, requests.write):
                 load(act, one.port, 4, range(8))
         print(f"{psutil.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-        print(
-            "| task | clients | server | p50, s | p95, s | first piece, s | core-s a request | requests a second | times | lost |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|")
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
         compare("caption", requests.caption, servers, arguments)
         compare("write", requests.write, servers, arguments)
     overload(arguments.run, arguments.data, requests)
