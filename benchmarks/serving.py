@@ -34,6 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = {"batched": 32, "one at a time": 1}
 CROWD, PATIENCE = 200, 16  # clients at once, and rows that may wait for the model then
 TOKENS = 48
+COLUMNS = (
+    *("task", "clients", "server", "p50, s", "p95, s", "first piece, s", "core-s a request", "requests a second"),
+    *("times", "lost"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,17 @@ class Answer:
 
 
 Ask = Callable[[int, int], Awaitable[Answer]]  # of a port, the request of a number
+
+
+@dataclass(frozen=True)
+class Server:
+    port: int
+    process: psutil.Process
+
+    def work(self) -> float:
+        """s that its threads have computed so far."""
+        times = self.process.cpu_times()
+        return times.user + times.system
 
 
 class Requests:
@@ -87,8 +102,8 @@ async def ask(port: int, path: str, body: bytes, kind: str, sign: bytes) -> Answ
 
 
 @contextlib.contextmanager
-def server(run: str, data: Path, *options: str) -> Iterator[int]:
-    """`m6 serve` with all cores; its port."""
+def server(run: str, data: Path, *options: str) -> Iterator[Server]:
+    """`m6 serve` with all cores."""
     program = [sys.executable, "-P", "-c", "from launch.cli import main; main()", "serve", run]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory() as store:
@@ -102,7 +117,7 @@ def server(run: str, data: Path, *options: str) -> Iterator[int]:
             if not line:
                 sys.exit(f"the server did not start: {' '.join(options)}")
             threading.Thread(target=process.stderr.read, daemon=True).start()
-            yield int(line.split(":")[2].split("/")[0])
+            yield Server(int(line.split(":")[2].split("/")[0]), psutil.Process(process.pid))
         finally:
             process.terminate()
             process.wait()
@@ -128,36 +143,37 @@ def at(share: float, values: Sequence[float]) -> float:
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
-def compare(name: str, act: Ask, ports: dict[str, int], arguments: argparse.Namespace) -> None:
+def compare(name: str, act: Ask, servers: dict[str, Server], arguments: argparse.Namespace) -> None:
     """Print the lines of one task."""
     for clients in arguments.clients:
-        answers: dict[str, list[Answer]] = {kind: [] for kind in ports}
-        rates: dict[str, list[float]] = {kind: [] for kind in ports}
+        answers: dict[str, list[Answer]] = {kind: [] for kind in servers}
+        rates: dict[str, list[float]] = {kind: [] for kind in servers}
+        work = dict.fromkeys(servers, 0.0)
         count = max(clients * arguments.requests, 8)
         for round_number in range(arguments.rounds):
             numbers = range(round_number * count, (round_number + 1) * count)
-            for kind in sorted(ports, reverse=round_number % 2 == 1):  # each goes first in turn
-                found, seconds = load(act, ports[kind], clients, numbers)
+            for kind in sorted(servers, reverse=round_number % 2 == 1):  # each goes first in turn
+                before = servers[kind].work()
+                found, seconds = load(act, servers[kind].port, clients, numbers)
+                work[kind] += servers[kind].work() - before
                 answers[kind] += found
                 rates[kind].append(count / seconds)
         quotient = statistics.median(a / b for a, b in zip(rates["batched"], rates["one at a time"], strict=True))
-        for kind in ports:
+        for kind in servers:
             times = [one.seconds for one in answers[kind]]
             lost = sum(one.status != 200 for one in answers[kind])
-            first = f"{at(0.5, [one.first for one in answers[kind]]):.2f}" if name == "write" else ""
-            print(
-                f"| {name} | {clients} | {kind} | {at(0.5, times):.2f} | {at(0.95, times):.2f} | {first} | "
-                f"{statistics.median(rates[kind]):.2f} | {f'{quotient:.1f}' if kind == 'batched' else ''} | "
-                f"{lost} of {len(times)} |",
-                flush=True,
-            )
+            cells = [name, clients, kind, f"{at(0.5, times):.2f}", f"{at(0.95, times):.2f}"]
+            cells.append(f"{at(0.5, [one.first for one in answers[kind]]):.2f}" if name == "write" else "")
+            cells += [f"{work[kind] / len(times):.3f}", f"{statistics.median(rates[kind]):.2f}"]
+            cells += [f"{quotient:.1f}" if kind == "batched" else "", f"{lost} of {len(times)}"]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def overload(run: str, data: Path, requests: Requests) -> None:
     """A crowd at once, at a server that lets few wait."""
-    with server(run, data, "--queue", str(PATIENCE)) as port:
-        load(requests.caption, port, 1, range(2))
-        answers, seconds = load(requests.caption, port, CROWD, range(CROWD))
+    with server(run, data, "--queue", str(PATIENCE)) as crowded:
+        load(requests.caption, crowded.port, 1, range(2))
+        answers, seconds = load(requests.caption, crowded.port, CROWD, range(CROWD))
     taken = [one.seconds for one in answers if one.status == 200]
     refused = [one.seconds for one in answers if one.status == 503]
     print(f"\n{CROWD} clients at once, {PATIENCE} may wait: {len(taken)} answered, {len(refused)} refused by 503, "
@@ -177,18 +193,17 @@ def main() -> None:
     arguments = parser.parse_args()
     requests = Requests(arguments.data)
     with contextlib.ExitStack() as stack:
-        ports = {
+        servers = {
             kind: stack.enter_context(server(arguments.run, arguments.data, "--rows", str(rows)))
             for kind, rows in ROWS.items()
         }
-        for port in ports.values():
+        for one in servers.values():
             for act in (requests.caption, requests.write):
-                load(act, port, 4, range(8))
+                load(act, one.port, 4, range(8))
         print(f"{psutil.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-        print("| task | clients | server | p50, s | p95, s | first piece, s | requests a second | times | lost |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        compare("caption", requests.caption, ports, arguments)
-        compare("write", requests.write, ports, arguments)
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        compare("caption", requests.caption, servers, arguments)
+        compare("write", requests.write, servers, arguments)
     overload(arguments.run, arguments.data, requests)
 
 

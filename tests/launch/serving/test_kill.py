@@ -18,7 +18,7 @@ from tests.launch.serving.served import Client, ServerProcess
 from training.data.images import read_image
 from training.trained import M6
 
-OLD, NEW = 4, 10  # pictures before and after
+OLD, NEW = 3, 7  # pictures before and after
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_killed_at_any_moment(before: Callable[[], Path], images: list[Image.Ima
         collection = Collection(home / "a", m.identity)
         collection.take(m, dict(map(named, images[:NEW])))
 
-    found, kills = set(), 8
+    found, kills = set(), 5
     seconds = 0.0
     for number in range(kills + 1):
         home = before()
@@ -127,15 +127,13 @@ def test_a_killed_server_goes_on_where_it_was(served_run: Path, pictures: list[b
         found = client.get(place).json()
         return found["pictures"], found["indexed"]
 
-    for number, pause in enumerate((0.15, 0.6)):
-        with ServerProcess(served_run, store) as server:
-            known = server.client.form(place, *(("images", one) for one in pictures[:2])).json()["indexed"]
-            more = [("images", one) for one in pictures[2 + 8 * number : 10 + 8 * number]]
-            thread = threading.Thread(target=lambda client=server.client, more=more: add(client, more))
-            thread.start()
-            time.sleep(pause)
-            server.process.kill()
-            thread.join()
+    with ServerProcess(served_run, store) as server:
+        known = server.client.form(place, *(("images", one) for one in pictures[:2])).json()["indexed"]
+        thread = threading.Thread(target=add, args=(server.client, [("images", one) for one in pictures[2:10]]))
+        thread.start()
+        time.sleep(0.3)
+        server.process.kill()
+        thread.join()
     with ServerProcess(served_run, store) as server:
         deadline = time.monotonic() + 30
         while len({*indexed(server.client)}) > 1:

@@ -134,6 +134,7 @@ def test_every_task_works_at_both_widths(
                 assert page.locator("#write .text").text_content() == m.write(prompt, Style())
             elif tab == "draw":
                 page.fill("#draw-text", "红")
+                page.evaluate("document.querySelector('#draw-tries').value = 4")
                 visit.ask(tab)
                 assert page.locator("#draw .drawn img").count() == 4
             elif tab == "edit":
@@ -169,6 +170,7 @@ def edits(visit: Visit, folder: Path) -> None:
     page.fill("#width", "30")
     assert "width: 31.25%" in page.get_attribute(".region", "style")
     page.fill("#edit-text", "圆")
+    page.evaluate("document.querySelector('#edit-tries').value = 2")
     visit.ask("edit")
     assert page.locator("#edit .drawn img").count() == 1
     assert f"region={moved[0]},{moved[1]},30,{moved[3]}" in page.locator("#edit .call pre").text_content()

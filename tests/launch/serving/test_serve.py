@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from launch.checkpoints import export_run
 from launch.cli import m6
 from launch.serve import is_loopback, read_token
-from tests.launch.serving.served import ServerProcess
+from tests.launch.serving.served import ServerProcess, serving
 from training.errors import UserError
 from training.trained import M6
 from training.writing import Style
@@ -60,7 +60,9 @@ def test_what_cannot_be_served_is_one_line(served_run: Path, tmp_path: Path, mon
     assert "must be such as cpu=20GB" in refused("run", "--max-memory", "20GB")
 
 
-def test_a_request_that_runs_is_finished_when_the_server_is_asked_to_end(served_run: Path, tmp_path: Path) -> None:
+def test_a_request_that_runs_is_finished_when_the_server_is_asked_to_end(
+    served_run: Path, m: M6, tmp_path: Path
+) -> None:
     with ServerProcess(served_run, tmp_path / "store") as server:
         done: list[tuple[int, str]] = []
 
@@ -78,17 +80,23 @@ def test_a_request_that_runs_is_finished_when_the_server_is_asked_to_end(served_
         assert server.end(signal.SIGTERM) == 0
         for thread in threads:
             thread.join()
-        expected = M6.load(served_run).write("写一首诗。", Style(temperature=0, tokens=90))
+        expected = m.write("写一首诗。", Style(temperature=0, tokens=90))
         assert done == [(200, expected)] * 3
         with pytest.raises(OSError, match="refused"):
             server.client.get("/health")
 
 
+@pytest.fixture(scope="module")
+def export(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "export"
+    export_run(str(served_run), target=folder, dtype="fp32")
+    return folder
+
+
 def test_a_model_beyond_its_memory_answers_the_same(
-    served_run: Path, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Path, pictures: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_run(str(served_run), target=tmp_path / "export", dtype="fp32")
-    whole, part = M6.load(tmp_path / "export"), M6.load(tmp_path / "export", max_memory={"cpu": "600KB"})
+    whole, part = M6.load(export), M6.load(export, max_memory={"cpu": "600KB"})
     away = [name for name, weight in part.network.named_parameters() if weight.is_meta]
     assert away and len(away) < len(list(part.network.parameters()))
     images = [(picture, "红色的圆") for picture in pictures[:2]]
@@ -102,17 +110,15 @@ def test_a_model_beyond_its_memory_answers_the_same(
     ):
         assert same(part) == same(whole)
     monkeypatch.setattr("training.export.FITS", 0.0)
-    unasked = M6.load(tmp_path / "export")
+    unasked = M6.load(export)
     assert unasked.captions(pictures[:3]) == whole.captions(pictures[:3])
 
 
-def test_an_export_is_served_and_says_what_it_cannot(served_run: Path, pictures: list[bytes], tmp_path: Path) -> None:
-    export_run(str(served_run), target=tmp_path / "export", dtype="fp32")
-    with ServerProcess(tmp_path / "export", tmp_path / "store", "--max-memory", "cpu=600KB") as server:
-        tasks = server.client.get("/v1/model").json()["tasks"]
+def test_an_export_is_served_and_says_what_it_cannot(
+    export: Path, m: M6, pictures: list[bytes], tmp_path: Path
+) -> None:
+    with serving(M6.load(export, max_memory={"cpu": "600KB"}), tmp_path) as client:
+        tasks = client.get("/v1/model").json()["tasks"]
         assert not tasks["draw"]["able"] and "an export has no image tokenizer" in tasks["draw"]["why"]
-        expected = M6.load(served_run).captions(pictures[:1])
-        assert server.client.form("/v1/caption", ("images", pictures[0])).json() == {"captions": expected}
-        added = server.client.form("/v1/collections/a", ("images", pictures[0])).json()
-        assert added["indexed"] == 1
-        assert server.end(signal.SIGINT) == 0
+        assert client.form("/v1/caption", ("images", pictures[0])).json() == {"captions": m.captions(pictures[:1])}
+        assert client.form("/v1/collections/a", ("images", pictures[0])).json()["indexed"] == 1
