@@ -46,6 +46,8 @@ def _remarks(summary: Summary, settings: Settings) -> list[str]:
     found = [f"{sum(numbers.values()):,} rows taken, {left:,} left out"]
     if summary.trained:
         found.append(f"{summary.trained:,} pictures train in the base, too: their families are held out from nothing")
+    if summary.foreign:
+        found.append(f"{summary.foreign:,} captions have no Chinese character")
     for split in HELD_OUT if settings.held_out else ():
         if not numbers[split]:
             found.append(f"no row is in the {split} split: too few families for --held-out {settings.held_out:g}")

@@ -92,7 +92,8 @@ def schema_of(kind: type) -> pa.Schema:
 def save_rows(folder: Path, table: pa.Table) -> None:
     """Write a table as `Corpus` reads it, some rows at a time."""
     datasets.disable_progress_bars()
-    datasets.Dataset(table).save_to_disk(folder, num_shards=1)
+    # A fingerprint of its own making would be a hash of all rows, copied in memory.
+    datasets.Dataset(table, fingerprint=folder.name).save_to_disk(folder, num_shards=1)
     datasets.enable_progress_bars()
 
 

@@ -126,7 +126,7 @@ def test_damaged_download_is_fetched_again(data_dir, packages):
 def test_two_fetches_do_not_share_a_folder(data_dir):
     with (data_dir / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another `m6 data fetch` is at work"):
+        with pytest.raises(UserError, match="another `m6 data fetch` or `m6 data import` is at work"):
             fetch.fetch(data_dir)
 
 

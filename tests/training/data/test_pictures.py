@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.training.data.packages import emoji_packages, image_bytes, tgz
-from training.data.images import read_image, read_original
+from training.data.images import on_white, read_image, read_original
 from training.data.pictures import Labels, normalised_png, read_emoji, read_stamps
 from training.data.rows import Log
 
@@ -36,6 +36,17 @@ def test_emoji_are_joined_with_their_words(tmp_path):
     assert not pictures["A/27a1"].mirrorable
     assert not pictures["A/1f3f4-200d-2620"].mirrorable
     assert log.dropped == {"A: no Chinese label of its own (skin tones, duplicates)": 1}
+
+
+def test_what_is_clear_is_white_and_nothing_else_changes():
+    for mode, clear in (("RGBA", (9, 9, 9, 0)), ("LA", (9, 0))):
+        assert on_white(Image.new(mode, (3, 2), clear)).getpixel((0, 0)) == (255, 255, 255)
+    keyed = Image.new("RGB", (3, 2), (9, 9, 9))
+    keyed.info["transparency"] = (9, 9, 9)
+    assert on_white(keyed).getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("RGB", "L", "CMYK", "P", "1"):
+        image = Image.radial_gradient("L").convert(mode)
+        assert on_white(image).tobytes() == image.convert("RGB").tobytes()
 
 
 def test_a_telephones_picture_is_no_animation():

@@ -24,11 +24,10 @@ from training.data.importing.families import families, splits
 from training.data.importing.folder import Folder
 from training.data.importing.forms import open_sources
 from training.data.importing.intake import Intake, Kept, Reason
-from training.data.importing.reading import Reader, Settings, check_columns, mark_of
+from training.data.importing.reading import Reader, Settings, check_columns, mark_of, mark_of_text
 from training.data.importing.sources import Source
 from training.data.progress import phase, working
 from training.data.rows import Picture
-from training.data.splits import shared_split
 from training.errors import UserError
 
 Tell = Callable[[str], object]
@@ -42,13 +41,17 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @dataclass
 class Summary:
-    """What an import took and left. `trained`: pictures that the base trains on, too. `seconds` is by phase."""
+    """What an import took and left. `seconds` is by phase.
+
+    `trained`: pictures that the base trains on, too; `foreign`: captions without a Chinese character.
+    """
 
     folder: Path
     up_to_date: bool
     manifest: dict[str, Any]
     left: dict[str, Reason]
     trained: int
+    foreign: int
     seconds: dict[str, float]
 
 
@@ -133,9 +136,8 @@ class _Import:
         shutil.copyfile(self.base.feature_network, self.building / corpus.FEATURE_NETWORK)
         files = build.checksums(self.building)
         identity = build.fingerprint(files, f"base {self.base.fingerprint}")
-        summary = Summary(
-            self.to / corpus.FOLDER, False, {}, intake.left, _count(intake.pictures.marks, trained), seconds
-        )
+        seen = _count(intake.pictures.marks, trained)
+        summary = Summary(self.to / corpus.FOLDER, False, {}, intake.left, seen, intake.foreign, seconds)
         if self.present and self._is_present(identity, files):
             summary.up_to_date, summary.manifest = True, self.present.manifest
             return summary
@@ -189,7 +191,11 @@ class _Import:
         return _with(kept.table(), family=found, split=chosen)
 
     def _texts(self, kept: Kept) -> pa.Table:
-        return _with(kept.table(), split=[shared_split(key, self.settings.held_out) for key in kept.keys])
+        """With splits."""
+        columns = (self.base.texts.data.column(name) for name in ("text", "split"))
+        both = zip(*columns, strict=True) if len(kept) else ()
+        trained = {mark_of_text(text.as_py()) for text, split in both if split.as_py() == "train"}
+        return _with(kept.table(), split=splits(kept.keys, kept.marks, trained, self.settings.held_out))
 
     def _save(self, name: str, kept: Kept, table: pa.Table) -> pa.Table:
         """Write the table, and read it from there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ EXAMPLES = 3  # of each reason for which rows are left out
 _THREADS, _AHEAD = 2, 8  # that read pictures; rows that they may be ahead, each a photograph
 _BATCH = 64  # rows of an Arrow batch
 _MOST_LICENCES = 3  # of a source that are told
+_HAN = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Intake:
 
     def __init__(self, folder: Path):
         self.pictures, self.texts = Kept(folder / ".pictures", Picture), Kept(folder / ".texts", Text)
+        self.foreign = 0  # captions without a Chinese character
         self.left: dict[str, Reason] = {}
         self.skipped: Counter[str] = Counter()  # rows left out, by source
         self.files: dict[str, set[str]] = {}  # by what a row calls its source: what it was read from
@@ -104,7 +107,11 @@ class Intake:
             row = outcome.row
             first = self._first.setdefault(mark_of(outcome.mark + outcome.words.encode()), row.id)
             if first is row.id:
-                (self.pictures if isinstance(row, Picture) else self.texts).add(outcome)
+                if isinstance(row, Picture):
+                    self.pictures.add(outcome)
+                    self.foreign += not _HAN.search(row.zh)
+                else:
+                    self.texts.add(outcome)
                 self.files.setdefault(row.source, set()).add(f"{source.name} ({source.form})")
                 self.licences.setdefault(row.source, set()).add(row.licence)
                 return

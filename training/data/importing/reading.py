@@ -141,9 +141,8 @@ class Reader:
             text=text,
             **about,
         )
-        said = "".join(character for character in text.lower() if character.isalnum())
         key = self._key(found) if self.split_by in found.columns else title + author or text
-        return Taken(row, key, mark_of(said.encode()), "")
+        return Taken(row, key, mark_of_text(text), "")
 
     def _value(self, name: str, found: Found) -> Any:
         """None where there is none."""
@@ -224,6 +223,11 @@ class Reader:
 def mark_of(data: bytes) -> bytes:
     """Equal for equal content."""
     return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def mark_of_text(text: str) -> bytes:
+    """Equal for texts of the same letters."""
+    return mark_of("".join(character for character in text.lower() if character.isalnum()).encode())
 
 
 def check_columns(settings: Settings, known: Sequence[Sequence[str]]) -> None:
