@@ -199,7 +199,7 @@ def measure_speed(rounds: int) -> dict[str, list[float]]:
         flat.grad = master.grad.bfloat16()
     working = [flat.clone() for flat in flats]
     plain = DeepSpeedCPUAdam(masters, **rule)
-    parts = {number: [Partition(f"w{number}", number, 0, size, 0, size)] for number in range(count)}
+    parts = {number: [Partition(f"w{number}", size, 0, size, group=number, start=0)] for number in range(count)}
     compact = CompactAdamW([{**rule, "params": flats}], flats, parts, seed=1)
 
     def plain_step() -> None:

@@ -28,7 +28,7 @@ class Compact:
 
     def __init__(self, numel: int, cuts: tuple[int, ...] = (), seed: int = 1, **rule: Any):
         bounds = (0, *cuts, numel)
-        self.parts = [Partition("w", 0, a, b - a, a, numel) for a, b in itertools.pairwise(bounds)]
+        self.parts = [Partition("w", b - a, a, numel, group=0, start=a) for a, b in itertools.pairwise(bounds)]
         self.flat = torch.zeros(numel, dtype=torch.bfloat16)
         self.adam = CompactAdamW([RULE | rule | {"params": [self.flat]}], [self.flat], {0: self.parts}, seed)
 
