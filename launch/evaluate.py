@@ -16,7 +16,7 @@ from training import quality, samples
 from training.before_after import KINDS, Before, compare
 from training.data.corpus import Corpus
 from training.errors import UserError
-from training.evaluation import FOLDER, OF_FILES, Figures, Samples, tables, write_evaluation
+from training.evaluation import FOLDER, OF_FILES, OF_OTHER, Figures, Samples, tables, write_evaluation
 from training.files import replace
 from training.judge import judge_of
 from training.rivals import ridge
@@ -40,18 +40,19 @@ def evaluate(
     with console.status("measuring") as status:
         place = data or (Path(m.recipe.data) if m.recipe else Path("data"))
         before = _before(m, place)
+        folder = home / OF_FILES
         if pairs or texts:
             own = quality.read_pairs(pairs) if pairs else []
             found, samples = _of_files(m, own, texts)
         else:
             corpus = Corpus.open(place)
+            folder = home / (FOLDER if m.is_own(corpus) else OF_OTHER)
             own = [quality.pair_of(corpus.picture(row)) for row in quality.picture_rows(corpus, split)]
             found, samples = _of_corpus(m, corpus, split, own, place, status.update)
             figures["split"] = split
         if before and own:
             figures["before_after"] = compare(m, before, Corpus.open(place), split, own, status.update)
     figures = quality.finite(figures | found)
-    folder = home / (OF_FILES if pairs or texts else FOLDER)
     try:
         page = write_evaluation(folder, home.resolve().name, figures, samples)
     except OSError as error:
@@ -171,7 +172,7 @@ def _writing(m: M6, corpus: Corpus, split: str, kind: str) -> Figures:
     }
     rows = corpus.text_rows("train", kind)
     seen = {"5-gram, all training text": [corpus.text(int(row)).text for row in rows]}
-    if m.recipe:
+    if m.recipe and m.is_own(corpus):
         seen["5-gram, texts seen"] = quality.seen_texts(corpus, m.recipe, m.step, kind)
     return report | {name: quality.beside_ngram(bits, of, plain) for name, of in seen.items() if of}
 

@@ -19,7 +19,8 @@ from training.errors import UserError
 from training.files import replace
 from training.pages import render
 
-FOLDER, OF_FILES = "evaluation", "evaluation-of-files"  # on the corpus; on a person's own files
+# On the data that the run was trained with, on other data, on a person's own files.
+FOLDER, OF_OTHER, OF_FILES = "evaluation", "evaluation-of-other-data", "evaluation-of-files"
 FIGURES, SAMPLES, PAGE = "figures.json", "samples.json", "index.html"
 SIDE = 128  # px of a sample's picture at the most
 

@@ -60,13 +60,15 @@ class M6:
         step: int,
         recipe: Recipe | None = None,
         background: Callable[[], Background] | None = None,
+        trained_on: str = "",
     ):
         """`features`: None for a model that takes pixels. `text_positions`: what rows had in training at the most.
 
         `recipe`: that of the run; an export has none. `background`: gives what finding goes by beside the weights.
+        `trained_on`: the fingerprint of the corpus that it learned from.
         """
         self.network, self.tokenizer, self.features, self.text_positions = network, tokenizer, features, text_positions
-        self.step, self.recipe, self._background = step, recipe, background
+        self.step, self.recipe, self._background, self._trained_on = step, recipe, background, trained_on
         self.prompts = Prompts(tokenizer, self.shape, features, text_positions)
         self.between: Callable[[], object] = lambda: None  # called between tokens: what it raises ends the work
 
@@ -96,7 +98,10 @@ class M6:
         check_usable(corpus, place, manifest, recipe)
         features = PatchFeatures(corpus.feature_network) if recipe.model_shape().image_input == "features" else None
         background = partial(background_of, place, manifest, recipe, corpus)
-        return cls(network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe, background)
+        return cls(
+            network, corpus.tokenizer, features, recipe.text_positions, manifest["step"], recipe, background,
+            manifest["data"],
+        )  # fmt: skip
 
     @classmethod
     def _of_export(cls, folder: Path, max_memory: Mapping[int | str, str] | None) -> M6:
@@ -109,11 +114,18 @@ class M6:
         whole = max_memory is None and fits(folder)
         network = load_exported(folder, {"": device} if whole else "auto", max_memory)
         background = partial(Background.read, folder / BACKGROUND)
-        return cls(network, tokenizer, features, described.text_positions, described.step, background=background)
+        return cls(
+            network, tokenizer, features, described.text_positions, described.step, background=background,
+            trained_on=described.data,
+        )  # fmt: skip
 
     @property
     def shape(self) -> ModelConfig:
         return self.network.config
+
+    def is_own(self, corpus: Corpus) -> bool:
+        """Whether the model learned from this corpus."""
+        return self._trained_on == corpus.fingerprint
 
     @cached_property
     def background(self) -> Background:

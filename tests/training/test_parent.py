@@ -25,7 +25,7 @@ from training.data.corpus import Corpus
 from training.data.importing.build import import_corpus
 from training.data.importing.reading import Settings
 from training.errors import UserError
-from training.evaluation import FIGURES, OF_FILES, tables
+from training.evaluation import FIGURES, FOLDER, OF_FILES, OF_OTHER, tables
 from training.image_folder import image_codes
 from training.own_data import check_usable
 from training.parent import Parent, load_recipe, settle
@@ -246,3 +246,18 @@ def test_a_fine_tuned_run_goes_on_without_its_parent_and_is_measured_beside_it(
     assert [line["event"] for line in events(run)].count("resumed") == 1 and M6.load("tuned").step == 3
     other = train(*tuned, "steps=4", "--resume", start="runs/parent/checkpoints/step-3")
     assert other.returncode == 2 and "start.checkpoint: was 'runs/parent/checkpoints/step-5'" in other.stderr
+
+
+def test_other_data_do_not_take_the_place_of_what_a_report_shows(home: Path, sample_corpus: Corpus) -> None:
+    poems = [{"text": f"{word}前明月光，疑是地上霜。", "title": f"{word}夜思"} for word in "床窗门屋山水花草松竹梅兰"]
+    lines = [json.dumps(poem, ensure_ascii=False) + "\n" for poem in poems]
+    (home / "poems.jsonl").write_text("".join(lines), encoding="utf-8")
+    sources = [home / "source" / "rows.jsonl", home / "poems.jsonl"]
+    import_corpus(sources, home / "mixed", sample_corpus.folder.parent, Settings(held_out=0.6))
+    arguments = ["eval", "--run", "parent", "--data", "mixed", "--split", "validation"]
+    measured = CliRunner().invoke(m6, arguments, standalone_mode=False)
+    assert measured.exception is None, measured.exception
+    run = home / "runs" / "parent"
+    figures = json.loads((run / OF_OTHER / FIGURES).read_text(encoding="utf-8"))
+    assert figures["retrieval"] and not (run / FOLDER).exists()
+    assert figures["text_poem"].keys() == {"unprompted", "prompted", "5-gram, all training text"}
