@@ -173,13 +173,14 @@ def keep_plan(plan: Plan, run: TrainingRun, world: int) -> None:
 def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
     """Find mistakes in the settings here, where they are told once, and not by every rank."""
     recipe = run.load()
-    if recipe.start and not run.resume:
-        Parent.to_begin(recipe)
+    parent = Parent.to_begin(recipe) if recipe.start and not run.resume else None
     if run.data is not None:
         recipe = recipe.model_copy(update={"data": str(run.data)})
     folder, data = open_run(run.name, recipe, run.resume, run.allow_change), Path(recipe.data)
     if not data.is_dir():
         raise UserError(f"data={data}: no such folder; run `m6 data fetch --dir {data}`")
+    if parent:
+        check_background(parent, recipe)
     if (drawing := sorted({"draw", "inpaint"} & recipe.tasks.keys())) and recipe.image_tokenizer is None:
         raise UserError(
             f"tasks.{drawing[0]}: needs pictures as codes: image_tokenizer=FOLDER names a trained tokenizer"
@@ -188,6 +189,16 @@ def check(run: TrainingRun, nodes: Nodes, gpus: int) -> Plan:
         resolve(recipe.delinked(), nodes.world, gpus, folder / SWAP)
     config_path = default_path(gpus) if recipe.ds_config == "auto" else Path(recipe.ds_config)
     return Plan(recipe, folder, data, resolve(recipe, nodes.world, gpus, folder / SWAP), config_path)
+
+
+def check_background(parent: Parent, recipe: Recipe) -> None:
+    """Raise UserError if what the parent finds by (`training.background`) cannot be had."""
+    from training.data.corpus import Corpus  # which takes a second to import
+    from training.own_data import own_corpus
+
+    finds = "contrast" in recipe.learned & parent.recipe.learned
+    if finds and not parent.recipe.start and Corpus.open(recipe.data).fingerprint != parent.manifest["data"]:
+        own_corpus(parent.path, parent.manifest, parent.recipe)
 
 
 def show(run: TrainingRun, nodes: Nodes, gpus: int, chosen: Sequence[str]) -> int:

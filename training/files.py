@@ -7,6 +7,8 @@ import errno
 import os
 from pathlib import Path
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of a disk that takes no more
+
 
 def replace(path: Path, content: str | bytes, durable: bool = False) -> None:
     """Write a file whole or not at all; `durable`: it also outlasts a power cut. Raises OSError."""

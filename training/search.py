@@ -194,7 +194,7 @@ def details_of(m: M6, images: Sequence[Picture]) -> list[str]:
     if not m.learned("caption"):
         return ["?"] * len(images)
     both = zip(m.captions(images), m.captions(images, "tags"), strict=True)
-    return [clean(" ".join(said)) or "?" for said in both]
+    return [clean(" ".join(dict.fromkeys(" ".join(said).split()))) or "?" for said in both]
 
 
 def _digest(arrays: Mapping[str, np.ndarray], entries: str) -> str:

@@ -6,7 +6,6 @@ deepspeed --num_accelerators 2 --no_local_rank --module training.train --recipe 
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import os
 import signal
@@ -19,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from training.errors import LEFT, LOST_PEER, MISTAKE, RESTARTABLE, RestartableError, UserError
 from training.extensions import prepare_extensions
+from training.files import NO_ROOM
 from training.heartbeat import Heartbeat
 from training.loop import Training
 from training.parent import load_recipe
@@ -26,7 +26,6 @@ from training.run import run_folder
 from training.start import init_distributed
 from training.stopping import StopRequested, answer
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 LAUNCHER_SECONDS = 5  # that a launcher may take to see that one of its ranks ended, and to end the others
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -17,12 +18,16 @@ from starlette.types import ASGIApp
 
 from launch.serving import asked, told
 from launch.serving.guard import OWN, Guard
+from launch.serving.limits import Limits
 from launch.serving.openapi import Address, described
 from launch.serving.pages import pages
-from launch.serving.refusals import Refusal
+from launch.serving.refusals import Refusal, left, no_room, too_late
 from launch.serving.service import Service
 from launch.serving.works import open_lanes
 from training.errors import UserError
+from training.files import NO_ROOM
+
+T = TypeVar("T")
 
 
 def addresses(service: Service) -> list[Address]:
@@ -69,7 +74,13 @@ def application(service: Service, token: str | None, host: str) -> ASGIApp:
     app = Starlette(
         routes=routes,
         lifespan=working,
-        exception_handlers={Refusal: _refused, UserError: _mistake, HTTPException: _http, Exception: _fault},
+        exception_handlers={
+            Refusal: _refused,
+            UserError: _mistake,
+            HTTPException: _http,
+            OSError: _disk,
+            Exception: _fault,
+        },
     )
     desk, limits = service.desk, service.limits
     guard = Guard(app, limits, service.metrics, lambda: desk.waiting >= limits.queue, token, frozenset({*OWN, host}))
@@ -79,13 +90,32 @@ def application(service: Service, token: str | None, host: str) -> ASGIApp:
 
 async def _answer(service: Service, address: Address, request: Request) -> Response:
     if address.asked is None:
-        answer = await address.act(request)
+        answer = await _awaited(request, address.act(request), service.limits)
     else:
         async with service.intake.read(request, address.asked) as said:
-            answer = await address.act(request, said)
+            answer = await _awaited(request, address.act(request, said), service.limits)
     if isinstance(answer, BaseModel):
         return Response(answer.model_dump_json(), media_type="application/json")
     return answer
+
+
+async def _awaited(request: Request, work: Awaitable[T], limits: Limits) -> T:
+    """What comes of work, which ends with its time, or when its client leaves. Raises Refusal."""
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request))
+    try:
+        await asyncio.wait((doing, leaving), timeout=limits.seconds, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise left() if leaving.done() else too_late(limits)
+    finally:
+        doing.cancel()
+        leaving.cancel()
+
+
+async def _leaving(request: Request) -> None:
+    """Until its client leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -101,6 +131,12 @@ async def _http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "no_address", 405: "method"}.get(error.status_code, "http")
     return Refusal(error.status_code, code, error.detail, error.headers).response()
+
+
+async def _disk(request: Request, error: Exception) -> Response:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return no_room().response()
+    raise error
 
 
 async def _fault(_: Request, error: Exception) -> Response:

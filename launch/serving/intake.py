@@ -57,6 +57,8 @@ class Intake:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
             if media == "application/json":
+                if body.count(b",") > self.limits.commas:
+                    raise Refusal(413, "large", "the JSON has more values than any request needs")
                 return await asyncio.to_thread(kind.model_validate_json, bytes(body))
             if media == "multipart/form-data":
                 return kind.model_validate(await self._fields(request, body, kind))

@@ -25,6 +25,7 @@ class Limits:
     bytes: int = 16 * MIB  # of a request
     held: int = 256 * MIB  # of all requests that are being read
     fields: int = 64  # of a form
+    commas: int = 20_000  # of JSON: so many values are read, or found fault with, while others wait
     text: int = 4096  # characters of any text
     pictures: int = 16  # of a request
     pixels: int = 24_000_000  # of a picture

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from training.data import jpeg
 from training.data.images import FORMATS, LONG_SIDE, read_image, read_original
 from training.recipe import one_line
 
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-LONE = {0x01, *range(0xD0, 0xD9)}  # JPEG's markers without a length
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class NoPicture(ValueError):
@@ -72,8 +72,8 @@ def _end(data: bytes) -> int | None:
     """Where the picture's file ends, by its own structure; None if it does not."""
     if data.startswith(PNG):
         return _end_of_png(data)
-    if data.startswith(JPEG):
-        return _end_of_jpeg(data)
+    if data.startswith(jpeg.START):
+        return next((place for marker, place in jpeg.markers(data) if marker == jpeg.END), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         size = 8 + int.from_bytes(data[4:8], "little")
         size += size % 2
@@ -87,19 +87,4 @@ def _end_of_png(data: bytes) -> int | None:
         kind, place = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], "big")
         if kind == b"IEND":
             return place if place <= len(data) else None
-    return None
-
-
-def _end_of_jpeg(data: bytes) -> int | None:
-    place = len(JPEG)
-    while (place := data.find(b"\xff", place)) >= 0 and place + 1 < len(data):
-        marker = data[place + 1]
-        if marker == 0xD9:
-            return place + 2
-        if marker in (0x00, 0xFF):  # within what is coded; a filler
-            place += 1 + (marker == 0)
-        elif marker in LONE:
-            place += 2
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None

@@ -26,6 +26,10 @@ def busy() -> Refusal:
     return Refusal(503, "busy", "too many requests wait already: try again soon", {"retry-after": RETRY_AFTER})
 
 
+def no_room() -> Refusal:
+    return Refusal(507, "full", "the server's disk has no more room: delete what is not needed")
+
+
 def left() -> Refusal:
     """For the books alone: nobody is there to read it."""
     return Refusal(499, "left", "the client left")

@@ -19,7 +19,7 @@ from launch.serving.intake import Intake
 from launch.serving.limits import Limits
 from launch.serving.metrics import CONTENT_TYPE, Metrics
 from launch.serving.pictures import NoPicture, mask, original, png, seen
-from launch.serving.refusals import Refusal, busy, left, too_late
+from launch.serving.refusals import Refusal, busy
 from launch.serving.shelf import Collection, Shelf, check_name, named
 from launch.serving.stream import events
 from training.data.tasks.match import match_question
@@ -52,7 +52,7 @@ class Service:
         self.abilities.check("caption")
         images = [await self._seen(data) for data in said.images]
         job = self._submit("caption", (images, said.kind), len(images), said.kind)
-        return told.Captions(captions=await self._answer(request, job))
+        return told.Captions(captions=await self._answer(job))
 
     async def ask(self, request: Request, said: asked.ForAnswer) -> told.Answer:
         """An answer, about a picture or not; one of the choices, if there are any."""
@@ -63,28 +63,28 @@ class Service:
             self.m.among(choices)
         image = await self._seen(said.image) if said.image is not None else None
         job = self._submit("ask", (said.question, image, choices), key=choices)
-        return told.Answer(answer=await self._answer(request, job))
+        return told.Answer(answer=await self._answer(job))
 
     async def match(self, request: Request, said: asked.ForMatch) -> told.Match:
         """How likely a text belongs to a picture."""
         self.abilities.check("match")
         self.m.prompts.tokens(match_question(cleaned_text(said.text)), fine=True)
         job = self._submit("match", (await self._seen(said.image), said.text))
-        return told.Match(probability=await self._answer(request, job))
+        return told.Match(probability=await self._answer(job))
 
     async def write(self, request: Request, said: asked.ForText) -> told.Written | Response:
         """A text for a prompt; with `stream`, server-sent events: `piece`s as they come, then `done` or `error`."""
         row = prompted(self.m, said.prompt, said.style, said.examples)
         if said.stream:
             return self._streamed(row)
-        text, tokens = await self._answer(request, self._submit("write", row))
+        text, tokens = await self._answer(self._submit("write", row))
         return told.Written(text=text, tokens=tokens)
 
     async def draw(self, request: Request, said: asked.ForDrawing) -> told.Drawn:
         """Drawings for a text, the best first."""
         self.abilities.check("draw")
         reference = await self._seen(said.reference) if said.reference is not None else None
-        return await self._drawn(request, self._submit("draw", (said.text, said.hand, reference)))
+        return await self._drawn(self._submit("draw", (said.text, said.hand, reference)))
 
     async def edit(self, request: Request, said: asked.ForEdit) -> told.Drawn:
         """A picture with a region redrawn, the best first; all else of it stays as it is."""
@@ -94,7 +94,7 @@ class Service:
         if said.mask is not None:
             region = await self._decoded(mask, said.mask, self.limits.edited)
         reference = await self._seen(said.reference) if said.reference is not None else None
-        return await self._drawn(request, self._submit("edit", (image, said.text, region, reference, said.hand)))
+        return await self._drawn(self._submit("edit", (image, said.text, region, reference, said.hand)))
 
     # ---- collections
 
@@ -115,19 +115,16 @@ class Service:
         files = [await asyncio.to_thread(named, await self._seen(data)) for data in said.images]
 
         def take(m: M6) -> dict[str, Any]:
-            collection = self.shelf.open(name)
-            self.shelf.check_room(collection, len(files))
-            collection.take(m, dict(files))
-            return _stand(collection)
+            return _stand(self.shelf.add(m, name, dict(files)))
 
         # Whoever leaves meanwhile leaves his pictures: they are put in all the same.
-        stand = await self._answer(request, self._submit("index", take), given_up=False)
+        stand = await self._answer(self._submit("index", take), given_up=False)
         return told.Added(**stand, ids=[one for one, _ in files])
 
     async def delete(self, request: Request) -> Response:
         """Remove a collection and its pictures."""
         name = self.shelf.get(request.path_params["name"]).name
-        await self._answer(request, self._submit("index", lambda _: self.shelf.delete(name)), given_up=False)
+        await self._answer(self._submit("index", lambda _: self.shelf.delete(name)), given_up=False)
         return Response(status_code=204)
 
     async def search(self, request: Request, said: asked.ForSearch) -> told.Hits:
@@ -135,7 +132,7 @@ class Service:
         self.abilities.check("search")
         collection = self.shelf.get(request.path_params["name"])
         self.m.prompts.tokens(said.query, fine=True)
-        found = await self._answer(request, self._submit("search", (collection, said.query, said.k)))
+        found = await self._answer(self._submit("search", (collection, said.query, said.k)))
         base = f"v1/collections/{quote(collection.name)}/pictures"
         hits = [
             told.Hit(id=hit.path.stem, score=hit.score, details=hit.details, href=f"{base}/{hit.path.stem}")
@@ -186,22 +183,15 @@ class Service:
         except Busy:
             raise busy() from None
 
-    async def _answer(self, request: Request, job: Job, given_up: bool = True) -> Any:
-        """Of a job; if it takes too long, or its client leaves, it is `given_up`."""
-        leaving = asyncio.ensure_future(_leaving(request))
+    async def _answer(self, job: Job, given_up: bool = True) -> Any:
+        """Of a job, which is `given_up` where nobody waits for it any more."""
         try:
-            await asyncio.wait(
-                (job.answer, leaving), timeout=job.left(self.limits.seconds), return_when=asyncio.FIRST_COMPLETED
-            )
-            if job.answer.done():
-                return job.answer.result()
-            raise left() if leaving.done() else too_late(self.limits)
+            return await job.answer
         finally:
             job.gone = given_up
-            leaving.cancel()
 
-    async def _drawn(self, request: Request, job: Job) -> told.Drawn:
-        pictures = await self._answer(request, job)
+    async def _drawn(self, job: Job) -> told.Drawn:
+        pictures = await self._answer(job)
         files = [await asyncio.to_thread(png, picture) for picture in pictures]
         return told.Drawn(pictures=[base64.b64encode(file).decode() for file in files])
 
@@ -212,12 +202,6 @@ class Service:
         return StreamingResponse(
             events(job, pieces, self.limits), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
         )
-
-
-async def _leaving(request: Request) -> None:
-    """Until its client leaves."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _stand(collection: Collection) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import re
 import shutil
+import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,16 +31,16 @@ from training.files import replace
 from training.search import Hit, Index
 from training.trained import M6
 
-NAME = re.compile(r"[^\W_][\w-]{0,49}")
+LONGEST_NAME = 50
 PICTURE = re.compile("[0-9a-f]{32}")
 PICTURES, INDEX, SUFFIX, LOCK = "pictures", "index", ".png", ".lock"
 
 
 class Collection:
     def __init__(self, folder: Path, identity: str):
-        self.folder, self.pictures = folder, folder / PICTURES
+        self.folder, self.pictures, self.identity = folder, folder / PICTURES, identity
         self.pictures.mkdir(parents=True, exist_ok=True)
-        self.index = Index.open(folder / INDEX, self.pictures, identity)
+        self.index = self._kept()
 
     @property
     def name(self) -> str:
@@ -53,11 +54,17 @@ class Collection:
         return sorted(path.stem for path in self.pictures.glob(f"*{SUFFIX}") if PICTURE.fullmatch(path.stem))
 
     def take(self, m: M6, files: Mapping[str, bytes]) -> None:
-        """Write PNG files of these ids, and bring the index up to date. Raises OSError."""
-        for one, content in files.items():
-            if not (path := self._path(one)).exists():
-                replace(path, content)
-        self.update(m)
+        """Write PNG files of these ids, and bring the index up to date. Raises OSError; then nothing has changed."""
+        new = [one for one in files if not self._path(one).exists()]
+        try:
+            for one in new:
+                replace(self._path(one), files[one])
+            self.update(m)
+        except OSError:
+            for one in new:
+                self._path(one).unlink(missing_ok=True)
+            self.index = self._kept()
+            raise
 
     def picture(self, one: str) -> bytes | None:
         """The PNG of an id, if there is one."""
@@ -74,6 +81,9 @@ class Collection:
     def found(self, asked: Embeddings, most: int) -> list[Hit]:
         return self.index.found(asked, most) if self.indexed else []
 
+    def _kept(self) -> Index:
+        return Index.open(self.folder / INDEX, self.pictures, self.identity)
+
     def _save(self) -> None:
         self.index.save(self.folder / INDEX)
 
@@ -89,7 +99,7 @@ class Shelf:
         self.home, self.identity, self.limits = home, identity, limits
         self._lock = _locked(home)
         self._clear()
-        named = sorted(path for path in home.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+        named = sorted(path for path in home.iterdir() if path.is_dir() and is_name(path.name))
         self._collections = {path.name: Collection(path, identity) for path in named}
 
     def close(self) -> None:
@@ -108,22 +118,33 @@ class Shelf:
 
     def get(self, name: str) -> Collection:
         """Raises Refusal."""
-        if collection := self._collections.get(name):
+        if collection := self._collections.get(unicodedata.normalize("NFC", name)):
             return collection
         raise Refusal(404, "no_collection", "there is no collection of this name")
 
-    def open(self, name: str) -> Collection:
-        """That of a name (see `check_name`), made if there is none. Raises Refusal, OSError."""
+    def add(self, m: M6, name: str, files: Mapping[str, bytes]) -> Collection:
+        """Put PNG files of these ids into the collection of a name (see `check_name`), made if there is none.
+
+        Raises Refusal, OSError; then nothing has changed.
+        """
+        made = name not in self._collections
+        collection = self._open(name)
+        try:
+            if len(collection.ids()) + len(files) > self.limits.collected:
+                raise Refusal(409, "full", f"a collection has {self.limits.collected:,} pictures at the most")
+            collection.take(m, files)
+        except (Refusal, OSError):
+            if made:
+                self.delete(name)
+            raise
+        return collection
+
+    def _open(self, name: str) -> Collection:
         if name not in self._collections:
             if len(self._collections) >= self.limits.collections:
                 raise Refusal(409, "full", f"there are {self.limits.collections} collections: delete one")
             self._collections[name] = Collection(self.home / name, self.identity)
         return self._collections[name]
-
-    def check_room(self, collection: Collection, more: int) -> None:
-        """Raises Refusal."""
-        if len(collection.ids()) + more > self.limits.collected:
-            raise Refusal(409, "full", f"a collection has {self.limits.collected:,} pictures at the most")
 
     def delete(self, name: str) -> None:
         """Raises Refusal, OSError."""
@@ -134,11 +155,18 @@ class Shelf:
 
 
 def check_name(name: str) -> str:
-    """The name, if a collection may have it. Raises Refusal."""
-    if not NAME.fullmatch(name):
-        rule = "letters, digits, - and _, up to 50, and begins with a letter or digit"
+    """The name as it is kept, if a collection may have it. Raises Refusal."""
+    name = unicodedata.normalize("NFC", name)
+    if not is_name(name):
+        rule = f"letters, digits, - and _, up to {LONGEST_NAME}, and begins with a letter or digit"
         raise Refusal(422, "name", f"a collection's name has {rule}")
     return name
+
+
+def is_name(name: str) -> bool:
+    """Of any script, with the signs that some write above and below their letters."""
+    fits = 0 < len(name) <= LONGEST_NAME and name[0].isalnum()
+    return fits and all(one.isalnum() or one in "-_" or unicodedata.category(one)[0] == "M" for one in name)
 
 
 def _locked(home: Path) -> IO[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from training.data.jpeg import MOST_SCANS, START, scans
 from training.errors import UserError
 
 MAX_PIXELS = 50_000_000
@@ -34,6 +35,8 @@ def _read(data: bytes, in_rgb: Callable[[Image.Image], Image.Image], still: bool
             # The size stands in the header: a decompression bomb is refused before it is decoded.
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            if data.startswith(START) and (passes := scans(data)) > MOST_SCANS:
+                raise ValueError(f"a JPEG of {passes:,} scans, more than {MOST_SCANS}: save it anew")
             # A telephone's MPO is a JPEG with other views of the same behind it.
             if still and image.format != "MPO" and (pictures := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"an animation of {pictures} pictures: give one of them")

@@ -11,7 +11,7 @@ const WORDS = {
     drawTitle: "Draw a picture", drawLead: "Several are drawn; those that fit the words best come first.",
     editTitle: "Redraw a part of a picture", editLead: "Mark a region by dragging over the picture. Nothing outside it changes.",
     searchTitle: "Find pictures by words", searchLead: "Put pictures into a collection once, then look for them in Chinese or English.",
-    kind: "Say it as", kindZh: "Chinese name", kindEn: "English name", kindTags: "key words",
+    kind: "Say it as", kindZh: "Chinese name", kindEn: "English name", kindTags: "Key words",
     question: "Question", questionHint: "这是什么?", choices: "Choices", choicesHint: "杯子, 盘子, 勺子", choicesNote: "If you like: divided by commas, 16 at the most.",
     prompt: "Prompt", promptHint: "写一首诗。题目：春晓。作者：孟浩然。", more: "More settings", temperature: "Temperature",
     temperatureNote: "0: always the likeliest word", tokens: "Length, tokens", seed: "Seed", seedNote: "The same seed gives the same text.",
@@ -27,13 +27,13 @@ const WORDS = {
     copy: "Copy", copied: "Copied", save: "Save", written: "{0} tokens in {1} s", stopped: "stopped", nothing: "(nothing)", took: "{0} s", none: "Nothing found.", among: "Best of {0} pictures, in {1} s",
     asJson: "As JSON, from a program", uploading: "{0} of {1} pictures", uploaded: "{0} pictures added", passed: "passed over: {0}",
     unable: "This model has not learned it.", noPicture: "Choose a picture first.", noPictures: "Choose at least one picture first.",
-    tokenTitle: "Access token", tokenLead: "This server asks for one. It is kept until you close this tab.", token: "Token", enter: "Enter", tokenWrong: "It is not this one.",
+    tokenTitle: "Access token", tokenLead: "This server asks for one. It is kept until you close this tab.", token: "Token", enter: "Enter", tokenWrong: "This token is not right.",
     errors: {
       busy: ["Too much to do just now", "Wait a moment, then try again."], late: ["It took too long", "Ask for less (fewer tokens, tries or pictures), or try again later."],
       large: ["Too large", "Choose fewer or smaller pictures."], picture: ["This picture cannot be read", "Give a whole, still PNG, JPEG or WebP."],
       invalid: ["Something is not as it must be", "Change what is named below."], mistake: ["It cannot be done so", "Change what is named below."],
       not_learned: ["This model has not learned it", "Another run may have."], fault: ["The server made a mistake", "Try again; its log says more."],
-      offline: ["The server does not answer", "See whether it runs, and try again."], full: ["There is no more room", "Delete what is not needed."], name: ["This name will not do", "Letters, digits, - and _."],
+      offline: ["The server does not answer", "See whether it runs, and try again."], full: ["There is no more room", "Delete what is not needed."], name: ["This name will not do", "Letters, digits, - and _; a letter or digit first."],
       no_collection: ["There is no such collection", "Choose another, or add pictures to make it."], other: ["It was refused", ""],
     },
   },
@@ -391,7 +391,7 @@ class Task {
 
   /** What the run cannot do is greyed, with the reason. */
   able({ able, why }) {
-    this.fieldset.disabled = !able;
+    this.fieldset.disabled = this.form.hidden = this.result.hidden = !able;
     $(`nav [data-tab="${this.id}"]`).classList.toggle("unable", !able);
     this.notice?.remove();
     this.notice = null;

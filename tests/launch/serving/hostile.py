@@ -79,11 +79,18 @@ def _pictures() -> Iterator[tuple[str, bytes]]:
     yield "PNG of too few data", _png(512, zlib.compress(b"\0" * 99))
     yield "JPEG that says it has 65535 px a side", _resized_jpeg(65535)
     yield "JPEG of no size", _resized_jpeg(0)
+    yield "JPEG whose last scan comes thousands of times", scanned(4800, 3000)
     yield "WebP that says it is longer", b"RIFF\xff\xff\xff\x7fWEBP" + encoded("WEBP")[12:]
     yield (
         "PNG of 100 MB of text",
         _png(32, zlib.compress(bytes(3200)), _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
     )
+
+
+def scanned(side: int, times: int) -> bytes:
+    """A small JPEG that takes minutes: each scan is a pass over all pixels."""
+    data = encoded("JPEG", Image.new("L", (side, side), 128), progressive=True)
+    return data[:-2] + data[data.rfind(b"\xff\xda") : -2] * times + data[-2:]
 
 
 def _payloads() -> Iterator[bytes]:
@@ -233,6 +240,8 @@ def _bodies() -> Iterator[Case]:
         "nothing": b"",
         "two values": b'{"prompt":"x"}{}',
         "a NUL": b"\0",
+        "a million unknown keys": json.dumps(dict.fromkeys(map(str, range(10**6)), 0)).encode(),
+        "millions of values": b'{"prompt":"x","examples":[' + b"0," * 5_000_000 + b"0]}",
     }.items():
         yield _json(name, "/v1/write", body)
     part = (
@@ -306,6 +315,7 @@ def _requests() -> Iterator[Case]:
         "another coding": post + b"Transfer-Encoding: gzip\r\n\r\nxx",
         "a folded head": get.replace(b"health", b"nothing") + b"X: a\r\n b\r\n\r\n",
         "a head with a blank": get + b"X : a\r\n\r\n",
+        "no address of origin": get + b"Origin: http://[\r\n\r\n",
         "a websocket": get.replace(b"health", b"v1/write") + b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
     }.items():  # fmt: skip
         yield Case(name, raw=raw)

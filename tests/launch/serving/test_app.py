@@ -1,23 +1,28 @@
 """Every task over HTTP says what the model says, within limits, and to those alone who may ask."""
 
 import base64
+import errno
 import io
 import json
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from launch.serving.limits import Limits
+from launch.serving.pictures import seen
 from launch.serving.shelf import Shelf
 from tests.launch.serving.served import Client, Reply, form, head, serving
 from training.data.images import read_image
 from training.errors import UserError
+from training.files import replace
 from training.painting import Hand
 from training.trained import M6
 from training.writing import Style
@@ -138,6 +143,47 @@ def test_a_collection_that_is_deleted_while_it_is_filled_is_gone(
         assert filling.result().json()["indexed"] == 4
         assert client.get("/v1/collections/a").status == 404
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_full_disk_is_told_and_nothing_has_changed(
+    m: M6, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_full_disk(path: Path, content: bytes) -> None:
+        if len(list(path.parent.iterdir())) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(path, content)
+
+    with serving(m, tmp_path) as client:
+        first = client.form("/v1/collections/a", ("images", pictures[0])).json()
+        monkeypatch.setattr("launch.serving.shelf.replace", on_a_full_disk)
+        for name in "ab":
+            refused = client.form(f"/v1/collections/{name}", *(("images", one) for one in pictures[:4]))
+            assert (refused.status, refused.code) == (507, "full")
+        assert client.get("/v1/collections").json() == {"collections": [{"name": "a", "pictures": 1, "indexed": 1}]}
+        assert client.get("/v1/collections/a").json()["ids"] == first["ids"]
+        assert len(client.post("/v1/collections/a/search", {"query": "红"}).json()["hits"]) == 1
+
+
+def test_a_name_may_be_of_any_script_and_one_spelt_otherwise_is_the_same(client: Client, pictures: list[bytes]) -> None:
+    for name in ("हिन्दी", "E\u0301te\u0301"):
+        made = client.form(f"/v1/collections/{quote(name)}", ("images", pictures[0])).json()
+        assert made["name"] == unicodedata.normalize("NFC", name)
+        assert client.get(f"/v1/collections/{quote(made['name'])}").status == 200
+        assert client.request("DELETE", f"/v1/collections/{quote(name)}").status == 204
+
+
+def test_the_time_that_pictures_take_to_be_unpacked_counts(
+    m: M6, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(data: bytes, pixels: int) -> Image.Image:
+        time.sleep(0.4)
+        return seen(data, pixels)
+
+    monkeypatch.setattr("launch.serving.service.seen", slowly)
+    with serving(m, tmp_path, Limits(seconds=1)) as client:
+        assert client.form("/v1/caption", ("images", pictures[0])).status == 200
+        late = client.form("/v1/caption", *(("images", one) for one in pictures[:8]))
+        assert (late.status, late.code) == (504, "late")
 
 
 def until(holds, seconds: float = 20) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from launch.serving.pictures import NoPicture, original, png, seen
 from tests.launch.serving.conftest import encoded
+from tests.launch.serving.hostile import scanned
 
 PIXELS = 1_000_000
 PHOTO = Image.effect_noise((90, 60), 80).convert("RGB")
@@ -61,6 +62,12 @@ def test_a_bomb_is_not_unpacked() -> None:
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
     with pytest.raises(NoPicture, match="pixels"):
         seen(bomb, PIXELS)
+
+
+def test_a_jpeg_of_more_scans_than_any_needs_is_not_decoded() -> None:
+    with pytest.raises(NoPicture, match=r"a JPEG of 3,00. scans, more than 100: save it anew"):
+        seen(scanned(400, 3000), PIXELS)
+    assert seen(scanned(400, 50), PIXELS).size == (400, 400)
 
 
 def test_what_is_kept_of_a_picture_is_its_pixels_alone() -> None:
