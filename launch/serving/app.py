@@ -83,8 +83,8 @@ def application(service: Service, token: str | None, host: str) -> ASGIApp:
         },
     )
     desk, limits = service.desk, service.limits
-    guard = Guard(app, limits, service.metrics, lambda: desk.waiting >= limits.queue, token, frozenset({*OWN, host}))
-    service.metrics.watch(lambda: desk.waiting, lambda: guard.clients)
+    guard = Guard(app, limits, service.metrics, lambda: desk.full, token, frozenset({*OWN, host}))
+    service.metrics.watch(lambda: desk.waiting + desk.expected, lambda: guard.clients)
     return guard
 
 

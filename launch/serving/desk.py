@@ -11,7 +11,8 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from launch.serving.limits import Limits
@@ -100,6 +101,7 @@ class Desk:
         self.baton = Baton()
         self.changed = threading.Condition()  # of what waits in any lane, and of `closed`
         self.waiting = 0  # rows
+        self.expected = 0  # rows whose pictures are still being looked at
         self.closed = False
         self._lanes: dict[str, Lane] = {}
 
@@ -113,13 +115,32 @@ class Desk:
     ) -> Job:
         """Let it wait its turn. Raises Busy."""
         with self.changed:
-            if self.closed or self.waiting + rows > self.limits.queue:
-                raise Busy
+            self._check_room(rows)
             job = Job(asked, rows, key, tell)
             self._lanes[task].jobs.append(job)
             self.waiting += rows
             self.changed.notify_all()
         return job
+
+    @contextmanager
+    def expecting(self, rows: int) -> Iterator[None]:
+        """So many are about to be submitted: their place is theirs, and the work before is not in vain. Raises Busy."""
+        with self.changed:
+            self._check_room(rows)
+            self.expected += rows
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.expected -= rows
+
+    @property
+    def full(self) -> bool:
+        return self.waiting + self.expected >= self.limits.queue
+
+    def _check_room(self, rows: int) -> None:
+        if self.closed or self.waiting + self.expected + rows > self.limits.queue:
+            raise Busy
 
     def between(self) -> None:
         """What a model calls between tokens. Raises GivenUp."""

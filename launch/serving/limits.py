@@ -30,6 +30,6 @@ class Limits:
     pictures: int = 16  # of a request
     pixels: int = 24_000_000  # of a picture
     edited: int = 4_200_000  # px of one that is edited, whose answer has as many
-    decoders: int = 2  # pictures that are unpacked at once
+    decoders: int = 2  # pictures that are unpacked and looked at at once
     collections: int = 64
     collected: int = 5000  # pictures of a collection

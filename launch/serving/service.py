@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from urllib.parse import quote
 
+import numpy as np
+from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -27,6 +29,8 @@ from training.painting import Region
 from training.prompts import cleaned_text
 from training.trained import M6
 from training.writing import Prompted, prompted
+
+T = TypeVar("T")
 
 
 class Service:
@@ -50,8 +54,8 @@ class Service:
     async def caption(self, request: Request, said: asked.ForCaption) -> told.Captions:
         """What pictures show: a name in Chinese or English, or key words."""
         self.abilities.check("caption")
-        images = [await self._seen(data) for data in said.images]
-        job = self._submit("caption", (images, said.kind), len(images), said.kind)
+        patches = await self._patches(*said.images)
+        job = self._submit("caption", (patches, said.kind), len(patches), said.kind)
         return told.Captions(captions=await self._answer(job))
 
     async def ask(self, request: Request, said: asked.ForAnswer) -> told.Answer:
@@ -61,15 +65,16 @@ class Service:
         choices = tuple(said.choices)
         if choices:
             self.m.among(choices)
-        image = await self._seen(said.image) if said.image is not None else None
-        job = self._submit("ask", (said.question, image, choices), key=choices)
+        patches = await self._patches(said.image) if said.image is not None else [None]
+        job = self._submit("ask", (said.question, patches[0], choices), key=choices)
         return told.Answer(answer=await self._answer(job))
 
     async def match(self, request: Request, said: asked.ForMatch) -> told.Match:
         """How likely a text belongs to a picture."""
         self.abilities.check("match")
         self.m.prompts.tokens(match_question(cleaned_text(said.text)), fine=True)
-        job = self._submit("match", (await self._seen(said.image), said.text))
+        [patches] = await self._patches(said.image)
+        job = self._submit("match", (patches, said.text))
         return told.Match(probability=await self._answer(job))
 
     async def write(self, request: Request, said: asked.ForText) -> told.Written | Response:
@@ -167,10 +172,22 @@ class Service:
 
     # ---- below: how
 
-    async def _seen(self, data: bytes) -> Any:
+    async def _patches(self, *files: bytes) -> Sequence[np.ndarray]:
+        """What the model sees of pictures: made while it computes for those who came before. Raises Refusal."""
+
+        def patches(data: bytes, pixels: int) -> np.ndarray:
+            return self.m.prompts.patches([seen(data, pixels)])[0]
+
+        try:
+            with self.desk.expecting(len(files)):
+                return [await self._decoded(patches, data, self.limits.pixels) for data in files]
+        except Busy:
+            raise busy() from None
+
+    async def _seen(self, data: bytes) -> Image.Image:
         return await self._decoded(seen, data, self.limits.pixels)
 
-    async def _decoded(self, decode: Callable[[bytes, int], Any], data: bytes, pixels: int) -> Any:
+    async def _decoded(self, decode: Callable[[bytes, int], T], data: bytes, pixels: int) -> T:
         async with self._decoders:
             try:
                 return await asyncio.to_thread(decode, data, pixels)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from launch.serving.desk import Desk, Lane
@@ -16,18 +17,18 @@ from training.search import Hit
 from training.trained import M6
 
 
-def captions(m: M6, asked: Sequence[tuple[list[Image.Image], str]]) -> list[list[str]]:
-    """Of lists of pictures, all of one kind."""
-    said = iter(m.captions([image for images, _ in asked for image in images], asked[0][1]))
-    return [[next(said) for _ in images] for images, _ in asked]
+def captions(m: M6, asked: Sequence[tuple[list[np.ndarray], str]]) -> list[list[str]]:
+    """Of lists of pictures' patches, all of one kind."""
+    said = iter(m.captions([one for patches, _ in asked for one in patches], asked[0][1]))
+    return [[next(said) for _ in patches] for patches, _ in asked]
 
 
-def answers(m: M6, asked: Sequence[tuple[str, Image.Image | None, tuple[str, ...]]]) -> list[str]:
+def answers(m: M6, asked: Sequence[tuple[str, np.ndarray | None, tuple[str, ...]]]) -> list[str]:
     """To questions, about pictures or not, all with the same choices."""
-    return m.asks([(question, image) for question, image, _ in asked], asked[0][2])
+    return m.asks([(question, patches) for question, patches, _ in asked], asked[0][2])
 
 
-def matches(m: M6, asked: Sequence[tuple[Image.Image, str]]) -> list[float]:
+def matches(m: M6, asked: Sequence[tuple[np.ndarray, str]]) -> list[float]:
     return m.matches(asked)
 
 

@@ -273,6 +273,23 @@ def test_an_overload_is_refused_at_once_and_nothing_taken_is_lost(
         assert int(reply.headers["retry-after"]) >= 1 and reply.code == "busy" and seconds < 1
 
 
+def test_pictures_that_cannot_wait_are_not_looked_at(
+    m: M6, pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = []
+
+    def slowly(data: bytes, pixels: int) -> Image.Image:
+        looked_at.append(data)
+        time.sleep(0.3)
+        return seen(data, pixels)
+
+    monkeypatch.setattr("launch.serving.service.seen", slowly)
+    with serving(m, tmp_path, Limits(queue=3)) as client, ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda one: client.form("/v1/caption", ("images", one)), pictures[:12]))
+    statuses = [reply.status for reply in replies]
+    assert statuses.count(200) == len(looked_at) >= 3 and statuses.count(503) == 12 - len(looked_at) > 0
+
+
 def test_what_a_run_has_not_learned_is_told(m: M6, pictures: list[bytes], tmp_path: Path, monkeypatch) -> None:
     assert m.recipe
     poet = m.recipe.model_copy(update={"tasks": {"poem": 1.0}})
