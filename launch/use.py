@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from training.data.images import read_picture
 from training.errors import UserError
 from training.painting import Hand
 from training.run import CHECKPOINTS, FOLDER
@@ -44,7 +45,8 @@ def _newest() -> str:
 
 def caption(run: str | None, data: Path | None, images: Sequence[Path], kind: str, as_json: bool) -> None:
     """Print what each picture shows."""
-    said = load(run, data).captions([str(image) for image in images], kind)
+    pictures = [read_picture(image) for image in images]  # before a model is loaded for nothing
+    said = load(run, data).captions(pictures, kind)
     if as_json:
         rows = [{"image": str(image), "caption": text} for image, text in zip(images, said, strict=True)]
         print(json.dumps(rows, ensure_ascii=False, indent=1))

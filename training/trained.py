@@ -94,7 +94,11 @@ class M6:
             raise UserError(f"{run}: the memory of a run cannot be bounded, only of an export: m6 export")
         place = chosen_checkpoints(checkpoints_of(run), step)[-1]
         network, recipe, manifest = load_checkpoint(place)
-        corpus = Corpus.open(data or recipe.data)
+        try:
+            corpus = Corpus.open(data or recipe.data)
+        except UserError as error:
+            way = "or give data of the same tokenizer and feature network by --data, or use an export, which has both"
+            raise UserError(f"{error}; {way}") from None
         check_usable(corpus, place, manifest, recipe)
         features = PatchFeatures(corpus.feature_network) if recipe.model_shape().image_input == "features" else None
         background = partial(background_of, place, manifest, recipe, corpus)
