@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from training.data.corpus import Corpus
+from training.data.corpus import SKIPPED, Corpus
 from training.data.splits import Split
 
 SPLITS = get_args(Split)
@@ -38,11 +38,14 @@ def show_data(folder: Path) -> None:
     corpus = Corpus.open(folder)
     console = Console()
     console.print(counts(corpus.manifest))
-    console.print(f"fingerprint {corpus.fingerprint}\n", markup=False)
+    console.print(f"fingerprint {corpus.fingerprint}", markup=False)
+    if left := sum(corpus.manifest["skipped"].values()):
+        console.print(f"left out: {left:,}, by name in {corpus.folder / SKIPPED}", markup=False, soft_wrap=True)
+    console.print()
     for row in _spread(_held_out(corpus.picture_rows)):
         picture = corpus.picture(row)
-        tags = "、".join(picture.tags)
-        console.print(f"picture  {picture.id}  {picture.zh} | {tags} | {picture.en}", markup=False)
+        words = filter(None, (picture.zh, "、".join(picture.tags), picture.en))
+        console.print(f"picture  {picture.id}  {' | '.join(words)}", markup=False)
     for kind in KINDS:
         for row in _spread(_held_out(partial(corpus.text_rows, kind=kind))):
             text = corpus.text(row)

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.data import counts
-from training.data.corpus import SKIPPED
+from training.data.corpus import SKIPPED, Corpus
 from training.data.importing.build import Summary, import_corpus
 from training.data.importing.reading import Settings
+from training.errors import UserError
 
 HELD_OUT = ("validation", "test")
 
@@ -21,13 +22,29 @@ HELD_OUT = ("validation", "test")
 def import_data(sources: Sequence[Path], to: Path, base: Path, settings: Settings) -> None:
     """Import, then say what came of it."""
     notes = Console(stderr=True)
+    before = _present(to)
     summary = import_corpus(sources, to, base, settings, lambda line: notes.print(line, markup=False))
     console = Console()
     console.print(counts(summary.manifest))
     if summary.left:
         console.print(_left(summary))
-    for line in _remarks(summary, settings):
+    for line in [*_remarks(summary, settings), *_replaced(before, summary)]:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _present(to: Path) -> dict[str, Any] | None:
+    """The manifest of the import that is there, if it can be read."""
+    try:
+        return Corpus.open(to).manifest
+    except UserError:
+        return None
+
+
+def _replaced(before: dict[str, Any] | None, summary: Summary) -> list[str]:
+    if before is None or summary.up_to_date or before["sources"] == summary.manifest["sources"]:
+        return []
+    rows, names = sum(_total(before, split) for split in ("train", *HELD_OUT)), ", ".join(before["sources"])
+    return [f"it took the place of {rows:,} rows of {names}: to have both, give all sources at once"]
 
 
 def _left(summary: Summary) -> Table:
@@ -45,9 +62,12 @@ def _remarks(summary: Summary, settings: Settings) -> list[str]:
     left = sum(reason.rows for reason in summary.left.values())
     found = [f"{sum(numbers.values()):,} rows taken, {left:,} left out"]
     if summary.trained:
-        found.append(f"{summary.trained:,} pictures train in the base, too: their families are held out from nothing")
+        found.append(
+            f"{summary.trained:,} of the pictures are such as the base trains on: with their families, they are in "
+            "the training split"
+        )
     if summary.foreign:
-        found.append(f"{summary.foreign:,} captions have no Chinese character")
+        found.append(f"without a Chinese character in its caption: {summary.foreign:,}")
     for split in HELD_OUT if settings.held_out else ():
         if not numbers[split]:
             found.append(f"no row is in the {split} split: too few families for --held-out {settings.held_out:g}")

@@ -67,7 +67,11 @@ def test_torch_is_imported_only_where_it_is_needed(verb):
             "m6: Invalid value for '--ranks': 0 is not in the range x>=1 (see m6 train --help)",
         ),
         (["train", "--recipe", "nowhere.yaml"], "m6: nowhere.yaml: no such file"),
-        (["data", "show"], "m6: data/corpus: no corpus there; run `m6 data fetch --dir data`"),
+        (
+            ["data", "show"],
+            "m6: data/corpus: no corpus there; run `m6 data fetch --dir data`, or make one of your own by "
+            "`m6 data import`",
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path):

@@ -130,7 +130,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if found == FORMAT:
             _check_manifest(manifest)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: no corpus there; run `m6 data fetch --dir {folder.parent}`") from error
+        if (folder.parent / MANIFEST).is_file():
+            raise UserError(f"{folder}: no corpus there; do you mean {folder.parent.parent}?") from error
+        remedy = f"run `m6 data fetch --dir {folder.parent}`, or make one of your own by `m6 data import`"
+        raise UserError(f"{folder}: no corpus there; {remedy}") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); run `m6 data fetch --dir {folder.parent}`") from error
     if found != FORMAT:
