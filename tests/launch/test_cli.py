@@ -176,6 +176,11 @@ def test_data_import_tells_what_it_took_and_what_it_left(sample_corpus, tmp_path
     assert "0 of " in done.stderr and "pictures are to be described" in done.stderr
     shown = m6("data", "show", "--dir", "to", cwd=tmp_path, COLUMNS="120")
     assert "rows.csv (table)" in shown.stdout and "picture  rows.csv:" in shown.stdout
+    assert "left out: 1, by name in to/corpus/skipped.jsonl" in shown.stdout
+    (tmp_path / "poems.jsonl").write_text('{"text": "床前明月光", "title": "静夜思"}\n', encoding="utf-8")
+    done = m6(*(word.replace("rows.csv", "poems.jsonl") for word in command), cwd=tmp_path, COLUMNS="120")
+    assert done.returncode == 0, done.stderr
+    assert f"it took the place of {len(pictures)} rows of A, " in done.stdout
 
 
 def test_counts_by_package_and_split():
