@@ -186,7 +186,7 @@ class Reader:
         return _TRUE_FALSE[str(value).lower()]
 
     def _key(self, found: Found) -> str:
-        """What the row's split goes by. 1.0 is 1: pandas makes the one the other where a cell of the column is empty."""
+        """What the row's split goes by. 1.0 is 1: pandas makes it of 1 where a cell of the column is empty."""
         assert self.split_by
         value = found.columns.get(self.split_by)
         if isinstance(value, dict | list | bytes):
