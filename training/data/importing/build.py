@@ -24,7 +24,14 @@ from training.data.importing.families import families, splits
 from training.data.importing.folder import Folder
 from training.data.importing.forms import open_sources
 from training.data.importing.intake import Intake, Kept, Reason
-from training.data.importing.reading import Reader, Settings, check_columns, mark_of, mark_of_text
+from training.data.importing.reading import (
+    MARK_BYTES,
+    Reader,
+    Settings,
+    check_columns,
+    mark_of,
+    mark_of_text,
+)
 from training.data.importing.sources import Source
 from training.data.progress import phase, working
 from training.data.rows import Picture
@@ -43,7 +50,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 class Summary:
     """What an import took and left. `seconds` is by phase.
 
-    `trained`: pictures that the base trains on, too; `foreign`: captions without a Chinese character.
+    `trained`: pictures that the base, or a base of the base, trains on, too; `foreign`: captions without a Chinese
+    character.
     """
 
     folder: Path
@@ -60,13 +68,13 @@ def import_corpus(
 ) -> Summary:
     """Build `to`/corpus from the sources, with the tokenizer and feature network of the corpus under `base`.
 
-    A corpus of the same rows is verified and kept; another one, if an import made it, is replaced when the new one is
-    whole. `tell` is given what is to be said before the end. Raises UserError for what the person can mend; then
-    nothing has changed.
+    An import of the same rows is verified and kept; another one is replaced when the new one is whole. `tell` is given
+    what is to be said before the end. Raises UserError for what the person can mend, and for anything in the corpus'
+    place that is no import; then nothing has changed.
     """
     settings = settings or Settings()
     sources = open_sources(paths)
-    _check_apart(to, sources)
+    _check_apart(to, base, sources)
     known = [source.columns() for source in sources]
     check_columns(settings, known)
     readers = [Reader(source, columns, settings) for source, columns in zip(sources, known, strict=True)]
@@ -87,24 +95,24 @@ def import_corpus(
             shutil.rmtree(building, ignore_errors=True)
 
 
-def _check_apart(to: Path, sources: Sequence[Source]) -> None:
-    """Raises UserError for an import into its own source."""
+def _check_apart(to: Path, base: Path, sources: Sequence[Source]) -> None:
+    """Raises UserError for an import into its own source, or over its source or base."""
+    places = [(to / corpus.FOLDER).resolve(), to.resolve() / home.BUILDING]
+    if (base / corpus.FOLDER).resolve() == places[0]:
+        raise UserError(f"--base {base}: its corpus is what --to would replace; give another --base, or another --to")
     for source in sources:
-        if isinstance(source, Folder) and to.resolve().is_relative_to(source.path.resolve()):
+        path = source.path.resolve()
+        if isinstance(source, Folder) and to.resolve().is_relative_to(path):
             raise UserError(f"--to {to}: inside the source {source.path}; give a folder elsewhere")
+        if any(path.is_relative_to(place) for place in places):
+            raise UserError(f"{source.path}: inside what --to {to} would replace; move it elsewhere")
 
 
 def _present(to: Path) -> Corpus | None:
-    """The import that is there, if it is whole. Raises UserError for a corpus that no import made."""
-    if not (to / corpus.FOLDER).exists():
-        return None
+    """The import that is there, if it is whole. Raises UserError for anything else that is there."""
+    home.check_place(to, "import")
     try:
         present = Corpus.open(to)
-    except UserError:
-        return None
-    if not present.imported:
-        raise UserError(f"{present.folder}: a corpus that `m6 data fetch` built; give another folder by --to")
-    try:
         present.verify()
     except UserError:
         return None
@@ -129,9 +137,11 @@ class _Import:
             intake.read(sources, readers)
         self._check_something(intake)
         features, trained = self._known()
+        trained |= _trained_texts(self.base) | self._carried()
+        (self.building / corpus.TRAINED).write_bytes(b"".join(sorted(trained)))
         with phase("columns", seconds), working("columns"):
             pictures = self._save(corpus.PICTURES, intake.pictures, self._pictures(intake.pictures, trained))
-            texts = self._save(corpus.TEXTS, intake.texts, self._texts(intake.texts))
+            texts = self._save(corpus.TEXTS, intake.texts, self._texts(intake.texts, trained))
         shutil.copyfile(self.base.folder / corpus.TOKENIZER, self.building / corpus.TOKENIZER)
         shutil.copyfile(self.base.feature_network, self.building / corpus.FEATURE_NETWORK)
         files = build.checksums(self.building)
@@ -190,11 +200,20 @@ class _Import:
         chosen = splits(found, kept.marks, trained, self.settings.held_out)
         return _with(kept.table(), family=found, split=chosen)
 
-    def _texts(self, kept: Kept) -> pa.Table:
+    def _carried(self) -> set[bytes]:
+        """Marks of what the base's own base trains on, and the bases of that. What was fetched has none."""
+        if corpus.TRAINED not in self.base.manifest["files"]:
+            if self.base.imported:
+                self.tell(
+                    f"{self.base.folder}: does not say what its own base trains on, which may be held out here: "
+                    "run the `m6 data import` that made it again"
+                )
+            return set()
+        marks = (self.base.folder / corpus.TRAINED).read_bytes()
+        return {marks[place : place + MARK_BYTES] for place in range(0, len(marks), MARK_BYTES)}
+
+    def _texts(self, kept: Kept, trained: set[bytes]) -> pa.Table:
         """With splits."""
-        columns = (self.base.texts.data.column(name) for name in ("text", "split"))
-        both = zip(*columns, strict=True) if len(kept) else ()
-        trained = {mark_of_text(text.as_py()) for text, split in both if split.as_py() == "train"}
         return _with(kept.table(), split=splits(kept.keys, kept.marks, trained, self.settings.held_out))
 
     def _save(self, name: str, kept: Kept, table: pa.Table) -> pa.Table:
@@ -204,10 +223,11 @@ class _Import:
         return load_from_disk(self.building / name).data.table
 
     def _is_present(self, identity: str, files: build.Files) -> bool:
-        """Whether the present import holds the same rows, and left the same out."""
+        """Whether the present import holds the same rows, left the same out, and hands the same marks on."""
         assert self.present
-        same_list = self.present.manifest["files"].get(corpus.SKIPPED) == files[corpus.SKIPPED]
-        return same_list and self.present.fingerprint == identity
+        present = self.present.manifest["files"]
+        same = all(present.get(name) == files[name] for name in (corpus.SKIPPED, corpus.TRAINED))
+        return same and self.present.fingerprint == identity
 
     def _describe(self, pictures: pa.Table, marks: Sequence[bytes], known: Known) -> None:
         """Write the features: those that are known or stand at an earlier row are copied."""
@@ -230,6 +250,12 @@ class _Import:
             elif first[key] != row:
                 out[row] = out[first[key]]
         out.flush()
+
+
+def _trained_texts(base: Corpus) -> set[bytes]:
+    """Marks of the texts that it trains on."""
+    columns = (base.texts.data.column(name) for name in ("text", "split"))
+    return {mark_of_text(text.as_py()) for text, split in zip(*columns, strict=True) if split.as_py() == "train"}
 
 
 def _with(table: pa.Table, **columns: Sequence[str]) -> pa.Table:

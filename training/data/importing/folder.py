@@ -9,7 +9,7 @@ from pathlib import Path
 from training.data.images import SUFFIXES
 from training.data.importing.columnar import Parquet
 from training.data.importing.lines import NO_UTF_8, JsonLines, Table
-from training.data.importing.sources import MOST_TEXT_BYTES, Fault, Found, Source, read_inside
+from training.data.importing.sources import MOST_TEXT_BYTES, Fault, Found, Source, inside, read_inside
 from training.errors import UserError
 
 _METADATA: dict[str, type[Source]] = {
@@ -50,7 +50,7 @@ class Folder(Source):
 
     def _picture(self, path: Path) -> Found:
         caption = path.with_suffix(".txt")
-        if not caption.is_file():
+        if not os.path.isfile(caption):
             return self._left(path, "no caption beside it", f"{caption.name} is not there")
         try:
             text = read_inside(self.path, str(caption.relative_to(self.path)), MOST_TEXT_BYTES).decode("utf-8-sig")
@@ -65,19 +65,28 @@ class Folder(Source):
     def _described(self, metadata: list[Path]) -> Iterator[Found]:
         named: set[Path] = set()
         for path in metadata:
-            for found in _METADATA[path.name](path, self._item(path)).rows():
-                if isinstance(name := found.columns.get(FILE_NAME), str):
+            for found in self._rows_of(path):
+                if name := _named(found):
                     named.add(Path(os.path.normpath(path.parent / name)))
                 yield found
         for path in self._files():
             if path.suffix.lower() in SUFFIXES and path not in named:
                 yield self._left(path, "a picture that the metadata do not name")
 
+    def _rows_of(self, metadata: Path) -> Iterator[Found]:
+        """Of a file that is in the folder, as pictures must be."""
+        try:
+            inside(self.path, str(metadata.relative_to(self.path)))
+        except Fault as fault:
+            yield Found(self._item(metadata), fault=fault)
+        else:
+            yield from _METADATA[metadata.name](metadata, self._item(metadata)).rows()
+
     def _files(self) -> Iterator[Path]:
         """In order."""
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder")
-        for parent, folders, names in os.walk(self.path):
+        for parent, folders, names in os.walk(self.path, onerror=_unreadable):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted([*names, *(name for name in folders if Path(parent, name).is_symlink())]):
                 if not name.startswith("."):
@@ -88,3 +97,16 @@ class Folder(Source):
 
     def _left(self, path: Path, reason: str, detail: str = "") -> Found:
         return Found(self._item(path), fault=Fault(reason, detail))
+
+
+def _named(found: Found) -> str | None:
+    """The picture that a row of the metadata names."""
+    try:
+        name = found.columns.get(FILE_NAME)
+    except Fault:  # which the row is left out for when it is read
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend it or leave it out")

@@ -6,15 +6,16 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
-from training.data.importing.sources import MOST_TEXT_BYTES, Fault, Found, Source
+from training.data.images import SUFFIXES
+from training.data.importing.sources import MOST_TEXT_BYTES, Fault, Found, Source, check_named_once
 from training.errors import UserError
 from training.recipe import one_line
 
 _BOM, _UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 2**20
-NO_UTF_8 = "not UTF-8"
+NO_UTF_8, TOO_LONG = "not UTF-8", "line too long"
 
 
 class JsonLines(Source):
@@ -33,7 +34,7 @@ class JsonLines(Source):
 
     def _row(self, item: str, line: bytes) -> Found:
         if len(line) > MOST_TEXT_BYTES:
-            return Found(item, fault=Fault("line too long", f"more than {MOST_TEXT_BYTES:,} bytes"))
+            return Found(item, fault=Fault(TOO_LONG, f"more than {MOST_TEXT_BYTES:,} bytes"))
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
@@ -47,7 +48,11 @@ class JsonLines(Source):
 
 
 class Table(Source):
-    """CSV with commas, or TSV with tabs; the first line names the columns."""
+    """CSV with commas, or TSV with tabs; the first line names the columns.
+
+    A row may go on for lines in a quoted cell. If such a row is none, or has pictures of others in a cell, a quote that
+    is not closed has taken rows in, and what follows cannot be trusted: the table is refused.
+    """
 
     form = "table"
 
@@ -56,18 +61,23 @@ class Table(Source):
             _skip_bom(raw, self.path)
         # What is not UTF-8 comes as lone surrogates, which whoever reads a cell refuses.
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if self.path.suffix.lower() == ".tsv" else ",")
+            lines = _RowLines(file)
+            delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             header = self._header(reader)
             while True:
+                lines.begin_row()
                 try:
                     cells = next(reader, None)
-                except csv.Error as error:
-                    yield Found(f"{self.name}:{reader.line_num}", fault=Fault("no row of a table", str(error)))
+                except (csv.Error, Fault) as error:
+                    yield self._no_row(lines, error)
                     continue
                 if cells is None:
                     return
+                if _take_in_rows(cells, delimiter):
+                    raise self._not_closed(lines, "the rows after it are in a cell")
                 if cells:
-                    yield self._row(f"{self.name}:{reader.line_num}", header, cells)
+                    yield self._row(f"{self.name}:{lines.number}", header, cells)
 
     def count(self) -> int:
         return _count(self.path) - 1
@@ -75,7 +85,7 @@ class Table(Source):
     def _header(self, reader: Iterator[list[str]]) -> list[str]:
         try:
             header = [cell.strip() for cell in next(reader, [])]
-        except csv.Error as error:
+        except (csv.Error, Fault) as error:
             raise UserError(f"{self.path}: no {self.form} ({error})") from None
         if not header:
             raise UserError(f"{self.path}: nothing in it")
@@ -83,14 +93,63 @@ class Table(Source):
             raise UserError(f"{self.path}: {NO_UTF_8}; if it is GB18030: iconv -f GB18030 -t UTF-8 {self.path.name}")
         if not all(name.isprintable() for name in header):
             raise UserError(f"{self.path}: no {self.form}")
-        if twice := sorted({name for name in header if header.count(name) > 1}):
-            raise UserError(f"{self.path}: column {twice[0]!r} is named twice; rename one of them")
+        check_named_once(self.path, header)
         return header
+
+    def _no_row(self, lines: _RowLines, error: csv.Error | Fault) -> Found:
+        if lines.number > lines.first:
+            raise self._not_closed(lines, str(error))
+        fault = error if isinstance(error, Fault) else Fault("no row of a table", str(error))
+        return Found(f"{self.name}:{lines.number}", fault=fault)
+
+    def _not_closed(self, lines: _RowLines, sign: str) -> UserError:
+        where = f"a quote that line {lines.first} opens is not closed by line {lines.number} ({sign})"
+        return UserError(f"{self.path}: {where}; close it, and double quotes that are meant")
 
     def _row(self, item: str, header: list[str], cells: list[str]) -> Found:
         if len(cells) != len(header):
             return Found(item, fault=Fault("not as many cells as columns", f"{len(cells)}, not {len(header)}"))
         return Found(item, dict(zip(header, cells, strict=True)), self.path.parent)
+
+
+def _take_in_rows(cells: list[str], delimiter: str) -> bool:
+    """Whether a later line of a cell has cells of its own, and names a picture in the place where the row does."""
+    later = (line.split(delimiter) for cell in cells for line in cell.split("\n")[1:])
+    return any(len(line) > 1 and any(map(_name_pictures, cells, line)) for line in later)
+
+
+def _name_pictures(*cells: str) -> bool:
+    return all(cell.strip('" \r').lower().endswith(SUFFIXES) for cell in cells)
+
+
+class _RowLines:
+    """Lines for the csv module, of one row no more than MOST_TEXT_BYTES characters. Raises Fault for more.
+
+    `first` and `number`: of the row's first line, and of the latest.
+    """
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self.number = 0
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        self.first, self._left = self.number + 1, MOST_TEXT_BYTES
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(self._left + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._left -= len(line)
+        if self._left < 0:
+            while line and not line.endswith(("\n", "\r")):
+                line = self._file.readline(_CHUNK)
+            raise Fault(TOO_LONG, f"more than {MOST_TEXT_BYTES:,} characters")
+        return line
 
 
 def _opened(path: Path) -> BinaryIO:

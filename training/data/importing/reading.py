@@ -35,7 +35,9 @@ _POLARITIES = {
 _TRUE_FALSE = {"true": True, "1": True, "false": False, "0": False}
 MOST_WORDS = 500  # characters of a caption, or of any other short field
 MOST_TAGS = 50
+MARK_BYTES = 16
 LEAST_SIDE = 8  # px, of a picture as it is kept
+_WHOLE = re.compile(r"(-?\d+)\.0")
 _SEPARATORS = re.compile(r"[,，、;；|\s]+")
 _DAMAGED = re.compile("[\ufffd\ue000-\uf8ff\U000f0000-\U0010ffff]")  # what a wrong encoding leaves
 
@@ -70,7 +72,7 @@ class Reader:
 
     def __init__(self, source: Source, columns: Sequence[str], settings: Settings):
         """`columns`: of the source. Raises UserError if it has none for pictures or texts."""
-        self.name, self.split_by = source.name, settings.split_by
+        self.name, self.split_by, self.named = source.name, settings.split_by, settings.columns
         self.columns = {
             name: (own,) if (own := settings.columns.get(name)) in columns and own else usual
             for name, usual in FIELDS.items()
@@ -145,8 +147,9 @@ class Reader:
         return Taken(row, key, mark_of_text(text), "")
 
     def _value(self, name: str, found: Found) -> Any:
-        """None where there is none."""
-        for column in self.columns[name]:
+        """None where there is none. A column that a person named is the one wherever a row has it."""
+        named = self.named.get(name)
+        for column in [named] if named and named in found.columns else self.columns[name]:
             value = found.columns.get(column)
             if value is not None and not (isinstance(value, str) and not value.strip()):
                 return value
@@ -183,15 +186,18 @@ class Reader:
         return _TRUE_FALSE[str(value).lower()]
 
     def _key(self, found: Found) -> str:
-        """What the row's split goes by."""
+        """What the row's split goes by. 1.0 is 1: pandas makes it of 1 where a cell of the column is empty."""
         assert self.split_by
         value = found.columns.get(self.split_by)
         if isinstance(value, dict | list | bytes):
             raise Fault(f"{self.split_by}: must be one value to split by", shown(value))
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         key = "" if value is None or (isinstance(value, float) and math.isnan(value)) else clean(str(value))
         if not key:
             raise Fault(f"no {self.split_by} to split by")
-        return _checked(self.split_by, key)
+        whole = _WHOLE.fullmatch(key)
+        return _checked(self.split_by, whole[1] if whole else key)
 
     def _png(self, found: Found) -> bytes:
         data = self._bytes(found)
@@ -222,7 +228,7 @@ class Reader:
 
 def mark_of(data: bytes) -> bytes:
     """Equal for equal content."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.blake2b(data, digest_size=MARK_BYTES).digest()
 
 
 def mark_of_text(text: str) -> bytes:

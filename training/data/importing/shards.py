@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from training.data.images import SUFFIXES
 from training.data.importing.folder import CAPTION
 from training.data.importing.lines import NO_UTF_8
 from training.data.importing.sources import MOST_BYTES, MOST_TEXT_BYTES, Fault, Found, Source
+from training.data.importing.tars import Tar, opened
 from training.errors import UserError
 from training.recipe import one_line
 
@@ -30,16 +32,6 @@ class Member(NamedTuple):
     ending: str
     content: bytes | None
     fault: str = ""
-
-
-class Header(tarfile.TarInfo):
-    """Of a member. A tar that is cut off between two members is not taken for a whole one."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
-        if len(buf) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("cut off")
-        return super().frombuf(buf, encoding, errors)
 
 
 class Shard(Source):
@@ -62,19 +54,19 @@ class Shard(Source):
         """What is neither a file nor a folder has a fault; folders are no members."""
         number = 0
         try:
-            with self.path.open("rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=Header) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the tar
+            with opened(self.path) as file:
+                tar = Tar(file)
+                for member in tar:
                     number += 1
                     if not member.isdir():
                         yield self._member(tar, member)
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             if not number:
                 raise UserError(f"{self.path}: no {self.form} ({one_line(str(error))})") from None
             reason = f"damaged after {number:,} members ({one_line(str(error))}); mend it or leave it out"
             raise UserError(f"{self.path}: {reason}") from None
 
-    def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Member:
+    def _member(self, tar: Tar, member: tarfile.TarInfo) -> Member:
         folder, _, name = member.name.removeprefix("./").rpartition("/")
         stem, _, ending = name.partition(".")
         key, ending = f"{folder}/{stem}" if folder else stem, ending.lower()
@@ -85,9 +77,7 @@ class Shard(Source):
             return Member(key, ending, None)
         if member.size > (MOST_BYTES if picture else MOST_TEXT_BYTES):
             return Member(key, ending, None, "a member too large")
-        extracted = tar.extractfile(member)
-        assert extracted is not None
-        return Member(key, ending, extracted.read())
+        return Member(key, ending, tar.read(member))
 
 
 def _row(item: str, key: str, members: Iterator[Member]) -> Found:

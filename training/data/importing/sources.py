@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,8 +75,25 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def check_named_once(path: Path, names: Sequence[str]) -> None:
+    """Raises UserError for two columns of one name."""
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+        raise UserError(f"{path}: column {twice[0]!r} is named twice; rename one of them")
+
+
 def read_inside(root: Path, name: str, most: int) -> bytes:
     """The content of a file under `root`. Raises Fault if it is not there, not a file, or larger than `most`."""
+    path = inside(root, name)
+    try:
+        if (size := path.stat().st_size) > most:
+            raise Fault("a file too large", f"{name}: {size:,} bytes, more than {most:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise Fault("a file that cannot be read", f"{name}: {error.strerror}") from None
+
+
+def inside(root: Path, name: str) -> Path:
+    """Where a file under `root` is, links followed. Raises Fault if it is not there, not a file, or elsewhere."""
     if "://" in name:
         raise Fault("a web address, not a file", name)
     try:
@@ -84,8 +102,6 @@ def read_inside(root: Path, name: str, most: int) -> bytes:
             raise Fault("a path out of the source's folder", name)
         if not path.is_file():
             raise Fault("not a file" if path.exists() else "no such file", name)
-        if (size := path.stat().st_size) > most:
-            raise Fault("a file too large", f"{name}: {size:,} bytes, more than {most:,}")
-        return path.read_bytes()
+        return path
     except (OSError, RuntimeError, ValueError) as error:  # of a loop of links, of a NUL
         raise Fault("a file that cannot be read", f"{name}: {getattr(error, 'strerror', None) or error}") from None

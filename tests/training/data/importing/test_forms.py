@@ -1,7 +1,9 @@
 """Each form of a stranger's files, whole, hostile and damaged."""
 
 import gzip
+import io
 import json
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from benchmarks.stranger import FORMS
 from tests.training.data.importing.strangers import GREEN, RED, lines, outcomes, tar, told
-from training.data.importing import shards, sources
+from training.data.importing import columnar, shards, sources
 from training.data.importing.forms import open_sources
 from training.data.importing.reading import Settings, Taken
 from training.errors import UserError
@@ -119,7 +121,119 @@ def test_rows_of_a_table(tmp_path):
     assert told(tmp_path / "rows.tsv") == ["ring"]
 
 
+@pytest.mark.parametrize(
+    ("content", "last", "sign"),
+    [
+        ('a.png,"香蕉\n2.png,梨\n3.png,葡萄\n', 5, "unexpected end of data"),
+        ('a.png,"香蕉\n2.png,梨\n3.png,"葡萄"\n4.png,李\n', 5, "',' expected after '\"'"),
+        ('a.png,"香蕉\n2.png,梨\n3.png,管12"\n4.png,李\n', 5, "the rows after it are in a cell"),
+        ('a.png,"12" 管\n', 0, ""),
+        ('a.png,"香蕉\n' + "2.png,梨\n" * 20_000, 0, "larger than field limit"),
+        ('a.png,"' + "香蕉\n" * 200_000, 0, "larger than field limit"),
+        ('a.png,"' + '香蕉","\n' * 200_000, 0, "line too long"),
+    ],
+)
+def test_a_quote_that_is_not_closed_is_not_taken_for_a_cell(tmp_path, content, last, sign):
+    (tmp_path / "a.png").write_bytes(RED)
+    path = tmp_path / "rows.csv"
+    path.write_text("image,zh\na.png,红\n" + content)
+    if not sign:
+        assert told(path) == ["红", "rows.csv:3: no row of a table (',' expected after '\"')"]
+        return
+    with pytest.raises(UserError) as error:
+        told(path)
+    where = f"{path}: a quote that line 3 opens is not closed by line {last or ''}"
+    assert str(error.value).startswith(where) and sign in str(error.value)
+
+
+def test_cells_of_several_lines(tmp_path):
+    """Poems, and other things than rows."""
+    (tmp_path / "rows.csv").write_text('text,title\n"一,\n二,\n三","a.png\nb.png"\n"最后\n","\n甲"\n"没完,x\n')
+    poem, other, last = outcomes(tmp_path / "rows.csv")
+    assert (poem.row.text, poem.row.title, other.row.title) == ("一,\n二,\n三", "a.png b.png", "甲")
+    assert (last.item, last.fault.detail) == ("rows.csv:9", "unexpected end of data")
+
+
+def test_lines_of_a_table_that_are_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.importing.lines.MOST_TEXT_BYTES", 100)
+    monkeypatch.setattr("training.data.importing.lines._CHUNK", 64)
+    (tmp_path / "a.png").write_bytes(RED)
+    path = tmp_path / "rows.csv"
+    whole = "a.png,红\r\n"
+    two_lines, too_long = 'a.png,"二\r\n行"\r\n', "x" * 1000
+    path.write_text(f"image,zh\r\n{whole}{too_long}\r\n{two_lines}{whole * 30}a.png,{too_long}", newline="")
+    first, long, lines_, *others, last = outcomes(path)
+    assert [one.row.id for one in (first, lines_, *others)] == [f"rows.csv:{n}" for n in (2, 5, *range(6, 36))]
+    assert [str(one.fault) for one in (long, last)] == ["line too long (more than 100 characters)"] * 2
+    assert (long.item, last.item) == ("rows.csv:3", "rows.csv:36")
+    path.write_text("x" * 1000 + ",zh\n")
+    with pytest.raises(UserError, match=r"no table .line too long"):
+        outcomes(path)
+
+
 # ---- Parquet
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([10**14], pa.timestamp("s")),
+        pa.array([10**9], pa.timestamp("s", tz="Foo/Bar")),
+        pa.array([10**8], pa.date32()),
+        pa.array([10**18], pa.duration("s")),
+    ],
+)
+def test_values_that_python_has_not_matter_only_where_they_are_wanted(tmp_path, values):
+    path, table = tmp_path / "a.parquet", {"image": [RED], "zh": ["红"], "t": values}
+    pq.write_table(pa.table(table), path)
+    assert told(path) == ["红"]
+    (left,) = outcomes(path, Settings(split_by="t"))
+    assert left.fault.reason == "t: a value that cannot be read"
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({**table, "file_name": values}), tmp_path / "set" / "metadata.parquet")
+    assert told(tmp_path / "set") == ["红"]
+
+
+def test_columns_of_one_name(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["image", "zh", "zh"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: column 'zh' is named twice; rename one of them"):
+        outcomes(tmp_path / "a.parquet")
+
+
+def test_rows_of_parquet_that_are_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(columnar, "_MOST_ROW_BYTES", 10_000)
+    monkeypatch.setattr(columnar, "_MOST_AVERAGE", 20_000)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [RED, b"x" * 30_000, GREEN], "zh": ["红", "大", "绿"]}), path)
+    red, large, green = told(path)
+    assert (red, green) == ("红", "绿") and large.startswith("a.parquet:2: a row too large (30,0")
+    pq.write_table(pa.table({"image": [RED, bytes(90_000)], "zh": ["红", "大"]}), path, compression="zstd")
+    with pytest.raises(UserError, match=r"a.parquet: 4\d,\d+ bytes a row in row group 0, more than 20,000; leave such"):
+        outcomes(path)
+
+
+def test_one_row_of_a_dictionary_is_held(tmp_path):
+    """The file says a large value once, for many rows."""
+    path, size = tmp_path / "a.parquet", 2**20
+    table = pa.table({"image": [bytes(size)] * 64, "zh": ["红"] * 64})
+    pq.write_table(table, path, compression="none", dictionary_pagesize_limit=2 * size)
+    del table
+    assert path.stat().st_size < 2 * size
+    (source,) = open_sources([path])
+    before = pa.total_allocated_bytes()
+    assert max(pa.total_allocated_bytes() - before for _ in source.rows()) < 6 * size
+
+
+def test_a_whole_number_is_one_key_in_all_forms(tmp_path):
+    """Beside an empty cell, pandas makes integers floats."""
+    (tmp_path / "a.png").write_bytes(RED)
+    pq.write_table(pa.table({"image": ["a.png"] * 2, "zh": ["红"] * 2, "sku": [1.0, None]}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("image,zh,sku\na.png,红,1\na.png,红,1.0\n")
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "zh": "红", "sku": 1}\n')
+    forms, settings = ("parquet", "csv", "jsonl"), Settings(split_by="sku")
+    found = [one for form in forms for one in outcomes(tmp_path / f"a.{form}", settings)]
+    assert {one.key for one in found if isinstance(one, Taken)} == {"1"} and len(found) == 5
 
 
 def test_rows_of_parquet(tmp_path):
@@ -199,6 +313,38 @@ def test_a_folder_with_metadata(tmp_path):
     ]
 
 
+def test_metadata_stay_in_the_folder(tmp_path):
+    secret = lines(tmp_path / "secret.jsonl", [{"text": "秘密的话"}])
+    folder = tmp_path / "set"
+    (folder / "in").mkdir(parents=True)
+    (folder / "a.png").write_bytes(RED)
+    (folder / "metadata.jsonl").symlink_to(secret)
+    os.mkfifo(folder / "metadata.csv")
+    lines(folder / "rows.jsonl", [{"file_name": "../a.png", "text": "红"}])
+    (folder / "in" / "metadata.jsonl").symlink_to(folder / "rows.jsonl")
+    assert told(folder) == [
+        "set/metadata.csv: not a file (metadata.csv)",
+        "set/metadata.jsonl: a path out of the source's folder (metadata.jsonl)",
+        "set/in/metadata.jsonl:1: a path out of the source's folder (../a.png)",
+    ]
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (tmp_path / "set" / "sub").mkdir(parents=True)
+    (tmp_path / "set" / "a.png").write_bytes(RED)
+    (tmp_path / "set" / "a.txt").write_text("红")
+    scan = os.scandir
+
+    def refused(path):
+        if os.path.basename(path) == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"set/sub: cannot be read .Permission denied.; mend it or leave it out"):
+        outcomes(tmp_path / "set")
+
+
 def test_a_folder_without_pictures(tmp_path):
     with pytest.raises(UserError, match="nothing in it"):
         outcomes(tmp_path)
@@ -257,6 +403,78 @@ def test_rows_of_a_tar(tmp_path, monkeypatch):
     assert [*before, tmp_path / "t.tar"] == sorted(tmp_path.rglob("*"))
     packed = tar(tmp_path / "t.tar.gz", members, "w:gz")
     assert told(packed) == [line.replace("t.tar/", "t.tar.gz/") for line in expected]
+
+
+def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = special(name, kind)
+    member.size = size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def member(name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+    return header(name, len(content), kind) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def pax(name: str, value: str) -> bytes:
+    record = f" {name}={value}\n"
+    length = next(n for n in range(9999) if len(f"{n}{record}") == n)
+    return member("pax", f"{length}{record}".encode(), tarfile.XHDTYPE)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "reason"),
+    [
+        (pax("size", "9" * 26), "is no number"),
+        (pax("size", f"{2**62}"), "cut off"),
+        (pax("size", "-5"), "is no number"),
+        (header("x.png", 2**62), "cut off"),
+        (header("x.png", -512), "a negative size"),
+        (header("x", 2**31, tarfile.GNUTYPE_LONGNAME), "a header of 2,147,483,648 bytes"),
+        (header("x", 2**31, tarfile.GNUTYPE_LONGLINK), "a header of 2,147,483,648 bytes"),
+        (header("x", 2**31, tarfile.XHDTYPE), "a header of 2,147,483,648 bytes"),
+        (header("x", 2**31, tarfile.XGLTYPE), "a header of 2,147,483,648 bytes"),
+        (header("x", -1, tarfile.GNUTYPE_LONGNAME), "a negative size"),
+        (member("x", b"x" * 5000, tarfile.GNUTYPE_LONGNAME), "a name of 5,000 characters"),
+        (pax("GNU.sparse.map", "a,b"), "a sparse file"),
+        (pax("GNU.sparse.major", "1"), "a sparse file"),
+        (header("x.png", 0, tarfile.GNUTYPE_SPARSE), "a sparse file"),
+        (member("x", b"zzzz", tarfile.XHDTYPE), "is no number"),
+        (member("x", b"9 path=abcdef\n", tarfile.XHDTYPE), "is no number"),
+        (member("x", b"99 path=abcdef\n", tarfile.XHDTYPE), "damaged attributes"),
+        (member("x", b"3 p", tarfile.XHDTYPE), "damaged attributes"),
+        (header("x.png")[:-1] + b"x", "bad checksum"),
+    ],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_headers_that_are_not_to_be_believed(tmp_path, ahead, reason, pack):
+    path = tmp_path / "t.tar"
+    path.write_bytes(pack(member("a.png", RED) + member("a.txt", b"a") + ahead + member("b.png", GREEN) + bytes(1024)))
+    with pytest.raises(UserError, match=f"t.tar: damaged after [23] members .*{reason}"):
+        outcomes(path)
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_names_that_have_no_room_in_a_header(tmp_path, form):
+    folder = "/".join(["folder"] * (20 if form == tarfile.USTAR_FORMAT else 50))
+    comment = {"comment": "a commit"} if form == tarfile.PAX_FORMAT else None
+    with tarfile.open(tmp_path / "t.tar", "w", format=form, pax_headers=comment) as file:
+        for ending, content in (("png", RED), ("txt", "红".encode())):
+            about = tarfile.TarInfo(f"{folder}/红.{ending}")
+            about.size, about.mtime = len(content), 0.5
+            file.addfile(about, io.BytesIO(content))
+    assert [one.row.id for one in outcomes(tmp_path / "t.tar")] == [f"t.tar/{folder}/红"]
+
+
+def test_of_many_names_the_last_counts(tmp_path):
+    names = member("", b"other", tarfile.GNUTYPE_LONGNAME) * 2000 + member("", b"a.png", tarfile.GNUTYPE_LONGNAME)
+    (tmp_path / "t.tar").write_bytes(names + member("x", RED) + member("a.txt", "红".encode()) + bytes(1024))
+    assert told(tmp_path / "t.tar") == ["红"]
+
+
+def test_a_tar_that_is_packed_otherwise_is_none(tmp_path):
+    for way in ("bz2", "xz"):
+        with pytest.raises(UserError, match="no WebDataset tar"):
+            outcomes(tar(tmp_path / "t.tar.gz", [("a.png", RED), ("a.txt", b"a")], f"w:{way}"))
 
 
 def test_a_key_with_more_than_fits_is_not_held(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,13 +201,13 @@ def test_texts_alone_and_pictures_alone(base, shop, tmp_path):
     assert not len(Corpus.open(tmp_path / "pictures").text_rows("train"))
 
 
-@pytest.mark.parametrize("what", ["fetched", "inside", "nothing", "busy", "base", "column", "damaged"])
+@pytest.mark.parametrize("what", ["fetched", "inside", "nothing", "busy", "base", "own base", "column", "damaged"])
 def test_what_is_refused_changes_nothing(base, shop, tmp_path, what, monkeypatch):
     to = tmp_path / "to"
     before = import_corpus([shop], to, base, FAMILY).manifest["fingerprint"]
     rows = [{"image": f"{n}.png", "zh": "x"} for n in range(3)]
     cases = {
-        "fetched": ([shop], base, tmp_path, "a corpus that `m6 data fetch` built; give another folder by --to"),
+        "fetched": ([shop], base, tmp_path, "a corpus that `m6 data fetch` built; give another --to"),
         "inside": ([shop.parent], shop.parent / "x", base, "inside the source"),
         "nothing": (
             [lines(tmp_path / "none.jsonl", rows)],
@@ -215,6 +216,7 @@ def test_what_is_refused_changes_nothing(base, shop, tmp_path, what, monkeypatch
             r"nothing to import: all 3 .* no such file, as none",
         ),
         "base": ([shop], to, tmp_path / "nowhere", "no corpus there"),
+        "own base": ([shop], to, to / ".." / "to", "its corpus is what --to would replace; give another --base"),
         "column": ([shop], to, base, "--zh nmae: no source has such a column; did you mean name"),
         "damaged": ([cut_tar(tmp_path)], to, base, "damaged after"),
         "busy": ([shop], to, base, "another `m6 data fetch` or `m6 data import` is at work"),
@@ -236,6 +238,89 @@ def test_what_is_refused_changes_nothing(base, shop, tmp_path, what, monkeypatch
     assert present.fingerprint == before and not (to / importing.home.BUILDING).exists()
 
 
+def entries(home: Path) -> dict[Path, tuple[int, int]]:
+    """What is in a folder, but its lock: when it was changed, and how large it is."""
+    found = (path for path in home.rglob("*") if path.name != ".lock")
+    return {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in found}
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link", "other manifest", "fetched", "of another format"])
+def test_what_no_import_built_stays(sample_corpus, shop, base, tmp_path, what):
+    place = tmp_path / "to" / corpus.FOLDER
+    place.parent.mkdir()
+    message = "corpus: no corpus, by its manifest; move it elsewhere, or give another --to"
+    if what == "file":
+        place.write_text("precious")
+    elif what == "link":
+        place.symlink_to(tmp_path / "nowhere")
+    elif what in ("folder", "other manifest"):
+        place.mkdir()
+        (place / "mine.txt").write_text("precious")
+        if what == "other manifest":
+            (place / corpus.MANIFEST).write_text('{"name": "a web page", "base": "/"}')
+    else:
+        message = "a corpus that `m6 data fetch` built; give another --to"
+        shutil.copytree(sample_corpus.folder, place)
+        (place / corpus.FEATURES).write_bytes(b"damage")
+        if what == "of another format":
+            manifest = json.loads((place / corpus.MANIFEST).read_text())
+            (place / corpus.MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
+    before = entries(tmp_path / "to")
+    with pytest.raises(UserError, match=message):
+        import_corpus([shop], tmp_path / "to", base, FAMILY)
+    assert entries(tmp_path / "to") == before
+
+
+def test_an_import_of_another_format_is_replaced(shop, base, tmp_path):
+    manifest = import_corpus([shop], tmp_path / "to", base, FAMILY).manifest
+    (tmp_path / "to" / corpus.FOLDER / corpus.MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(UserError, match=r"corpus of format 1, .*; run `m6 data import` to build the corpus anew"):
+        Corpus.open(tmp_path / "to")
+    assert not import_corpus([shop], tmp_path / "to", base, FAMILY).up_to_date
+    Corpus.open(tmp_path / "to").verify()
+
+
+def test_of_a_link_to_an_import_the_link_is_replaced(shop, base, tmp_path):
+    to, elsewhere = tmp_path / "to", tmp_path / "elsewhere"
+    first = import_corpus([shop], elsewhere, base, FAMILY)
+    to.mkdir()
+    (to / corpus.FOLDER).symlink_to(elsewhere / corpus.FOLDER)
+    assert import_corpus([shop], to, base, FAMILY).up_to_date
+    other = lines(tmp_path / "other.jsonl", [{"text": "别的"}])
+    assert import_corpus([other], to, base).manifest["fingerprint"] != first.manifest["fingerprint"]
+    assert not (to / corpus.FOLDER).is_symlink() and {path.name for path in to.iterdir()} == {".lock", corpus.FOLDER}
+    assert Corpus.open(elsewhere).fingerprint == first.manifest["fingerprint"]
+
+
+def test_a_source_is_not_replaced(shop, base, tmp_path):
+    to, link = tmp_path / "to", tmp_path / "link.jsonl"
+    import_corpus([shop], to, base, FAMILY)
+    rows = [{"image": RED, "zh": "红圆"}]
+    own = lines(to / corpus.FOLDER / "mine" / "rows.jsonl", rows)
+    begun = lines(to / importing.home.BUILDING / "rows.jsonl", rows)
+    link.symlink_to(own)
+    before = entries(to)
+    for source in (own, own.parent, link, begun):
+        with pytest.raises(UserError, match=r"inside what --to .* would replace; move it elsewhere"):
+            import_corpus([source], to, base)
+    assert entries(to) == before
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_stands_where_it_would_be_built(shop, base, tmp_path, link):
+    partial = tmp_path / "to" / importing.home.BUILDING
+    partial.parent.mkdir()
+    if link:
+        partial.symlink_to(shop.parent)
+    else:
+        partial.write_text("precious")
+    (tmp_path / "to" / ".lock").write_text("another's")
+    before = entries(tmp_path)
+    with pytest.raises(UserError, match=r"corpus.partial: cannot be made \(File exists\); remove it"):
+        import_corpus([shop], tmp_path / "to", base, FAMILY)
+    assert entries(tmp_path) == before and (tmp_path / "to" / ".lock").read_text() == "another's"
+
+
 def cut_tar(folder: Path) -> Path:
     path = tar(
         folder / "t.tar",
@@ -252,6 +337,10 @@ def test_a_fetch_does_not_take_the_place_of_an_import(base, shop, tmp_path):
     (tmp_path / "to" / corpus.FOLDER / corpus.TOKENIZER).unlink()
     with pytest.raises(UserError, match="run `m6 data import` to build the corpus anew"):
         Corpus.open(tmp_path / "to")
+    before = entries(tmp_path / "to")
+    with pytest.raises(UserError, match="a corpus that `m6 data import` built; give another --dir"):
+        fetch(tmp_path / "to")
+    assert entries(tmp_path / "to") == before
 
 
 def test_no_space(base, shop, tmp_path, monkeypatch):
@@ -280,6 +369,47 @@ def test_an_import_can_be_the_base_of_another(base, shop, tmp_path):
     second = import_corpus([shop], tmp_path / "second", tmp_path / "first", replace(FAMILY, held_out=0.9))
     assert second.manifest["base"] == first.manifest["fingerprint"]
     assert second.trained == len(Corpus.open(tmp_path / "second").picture_rows("train")) > 0
+
+
+def trained_rows(of: Corpus, folder: Path) -> Path:
+    """Pictures and poems that a corpus trains on, as a stranger's."""
+    pictures = [of.picture(int(row)).image for row in of.picture_rows("train")[:12]]
+    poems = [of.text(int(row)).text for row in of.text_rows("train", "poem")[:12]]
+    rows = [{"image": image, "zh": f"见过{number}"} for number, image in enumerate(pictures)]
+    return lines(folder / "rows.jsonl", rows + [{"text": text} for text in poems])
+
+
+def test_what_the_base_of_a_base_trains_on_trains_here(sample_corpus, base, shop, tmp_path):
+    source, most = trained_rows(sample_corpus, tmp_path / "seen"), Settings(held_out=0.99)
+    import_corpus([shop], tmp_path / "first", base, FAMILY)
+    import_corpus([lines(tmp_path / "texts.jsonl", [{"text": "别的"}])], tmp_path / "second", tmp_path / "first", most)
+    for home in ("first", "second"):
+        summary = import_corpus([source], tmp_path / f"{home}'s", tmp_path / home, most)
+        built = Corpus.open(tmp_path / f"{home}'s")
+        built.verify()
+        assert set(built.pictures["split"]) == set(built.texts["split"]) == {"train"} and summary.trained == 12
+    # What the first alone trains on is handed on as well.
+    first = Corpus.open(tmp_path / "first")
+    own, number = trained_rows(first, tmp_path / "own"), len(first.picture_rows("train")[:12])
+    assert import_corpus([own], tmp_path / "last", tmp_path / "second", most).trained == number > 0
+    assert import_corpus([source], tmp_path / "second's", tmp_path / "second", most).up_to_date
+
+
+def test_an_import_that_hands_no_marks_on_is_opened_and_made_again(sample_corpus, base, shop, tmp_path):
+    first = import_corpus([shop], tmp_path / "first", base, FAMILY)
+    (first.folder / corpus.TRAINED).unlink()
+    files = {name: entry for name, entry in first.manifest["files"].items() if name != corpus.TRAINED}
+    (first.folder / corpus.MANIFEST).write_text(json.dumps(first.manifest | {"files": files}))
+    Corpus.open(tmp_path / "first").verify()
+    told: list[str] = []
+    import_corpus([shop], tmp_path / "second", tmp_path / "first", FAMILY, told.append)
+    assert told[0] == (
+        f"{first.folder}: does not say what its own base trains on, which may be held out here: "
+        "run the `m6 data import` that made it again"
+    )
+    again = import_corpus([shop], tmp_path / "first", base, FAMILY)
+    assert not again.up_to_date and again.manifest == first.manifest
+    assert import_corpus([shop], tmp_path / "first", base, FAMILY).up_to_date
 
 
 def test_killed_at_any_moment_the_old_or_the_new_one_is_there(base, tmp_path, shop):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.training.data.importing.strangers import GREEN, RED, claims, encoded, lines, moving, outcomes, told
 from training.data.build import schema_of
+from training.data.importing import sources
 from training.data.importing.forms import open_sources
 from training.data.importing.reading import FIELDS, Left, Reader, Settings, Taken, check_columns
 from training.data.importing.sources import Found
@@ -175,6 +176,16 @@ def test_a_named_column_that_is_not_there_is_left_empty_only_where_others_have_i
     assert told(tmp_path / "shop", Settings({"zh": "标题"})) == ["红圆"]
 
 
+def test_a_named_column_counts_wherever_a_row_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LOOKED_AT", 2)
+    rows = [{"zh": "旧一"}, {"zh": "旧二"}, {"zh": "旧三", "标题": "新三"}, {"zh": "旧四", "标题": ""}]
+    late = lines(tmp_path / "late.jsonl", [{"image": RED} | row for row in rows])
+    assert told(late, Settings({"zh": "标题"})) == ["旧一", "旧二", "新三", "late.jsonl:4: no caption"]
+    early = lines(tmp_path / "early.jsonl", [{"image": RED} | row for row in reversed(rows)])
+    none = [f"early.jsonl:{number}: no caption" for number in (1, 3, 4)]
+    assert told(early, Settings({"zh": "标题"})) == [none[0], "新三", *none[1:]]
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
@@ -195,6 +206,12 @@ def test_columns_that_no_source_has(chosen, message):
         ("a ", "a"),
         (7, "7"),
         (2.5, "2.5"),
+        (2.0, "2"),
+        ("2.0", "2"),
+        ("-2.0", "-2"),
+        ("1.2.0", "1.2.0"),
+        (1e16, "10000000000000000"),
+        (float("inf"), "inf"),
         (True, "True"),
         (None, "no id to split by"),
         (" ", "no id to split by"),
