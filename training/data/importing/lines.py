@@ -40,11 +40,15 @@ class JsonLines(Source):
         except UnicodeDecodeError:
             return Found(item, fault=Fault(NO_UTF_8))
         except (ValueError, RecursionError) as error:
-            return Found(item, fault=Fault("no JSON", one_line(str(error))))
+            return Found(item, fault=Fault("no JSON", one_line(str(error)) + _remedy(line)))
         if not isinstance(row, dict):
-            array = "; of an array `jq -c '.[]'` makes lines" if line.lstrip().startswith(b"[") else ""
-            return Found(item, fault=Fault("no JSON object", f"a row is {{…}}{array}"))
+            return Found(item, fault=Fault("no JSON object", f"a row is {{…}}{_remedy(line)}"))
         return Found(item, row, self.path.parent)
+
+
+def _remedy(line: bytes) -> str:
+    """For a whole list, on one line or several."""
+    return "; of an array `jq -c '.[]'` makes lines" if line.lstrip().startswith(b"[") else ""
 
 
 class Table(Source):
@@ -93,6 +97,12 @@ class Table(Source):
             raise UserError(f"{self.path}: {NO_UTF_8}; if it is GB18030: iconv -f GB18030 -t UTF-8 {self.path.name}")
         if not all(name.isprintable() for name in header):
             raise UserError(f"{self.path}: no {self.form}")
+        if header.count("") > 1:
+            raise UserError(f"{self.path}: its first line does not name the columns; delete what is above the names")
+        if len(header) == 1 and ";" in header[0]:
+            raise UserError(
+                f"{self.path}: its cells are divided by semicolons; save it with commas, or as .tsv with tabs"
+            )
         check_named_once(self.path, header)
         return header
 

@@ -81,7 +81,9 @@ class Reader:
         for needed, what, way in (("image", "pictures or texts", "--image or --text"), ("zh", "captions", "--zh")):
             if not has & {needed, "text"}:
                 names = ", ".join(map(plain, columns)) or "none"
-                raise UserError(f"{source.path}: no column of {what} (it has {names}); name it by {way}")
+                usual = " or ".join(FIELDS[needed])
+                why = f"no column of {what} (it has {names}); name it by {way}, if it is not {usual}"
+                raise UserError(f"{source.path}: {why}")
 
     def __call__(self, found: Found) -> Taken | Left:
         try:
