@@ -71,7 +71,7 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path, monkeypatch):
         ("a.jsonl", b"\n \n", "nothing in it"),
         ("a.jsonl", RED, "no JSON lines that can be read; a.jsonl:1: not UTF-8"),
         ("a.json", b'[{"zh": "x"}]', r"a.json:1: no JSON object .*jq -c"),
-        ("a.json", b'[\n {"zh": "x"}\n]', r"a.json:1: no JSON .*jq -c"),
+        ("a.json", b'[\n {\n  "zh": "x"\n }\n]', r"a.json:1: no JSON .*jq -c"),
         ("a.csv", b"image;zh\n1;2", "its cells are divided by semicolons; save it with commas"),
         ("a.csv", b"our shop,,\nimage,zh,sku\n1,2,3", "its first line does not name the columns"),
         ("a.jsonl", '{"zh": "x"}'.encode("utf-16"), "UTF-16; make it UTF-8: iconv -f UTF-16"),
