@@ -45,6 +45,7 @@ def _newest() -> str:
 
 def caption(run: str | None, data: Path | None, images: Sequence[Path], kind: str, as_json: bool) -> None:
     """Print what each picture shows."""
+    run = chosen(run)
     pictures = [read_picture(image) for image in images]  # before a model is loaded for nothing
     said = load(run, data).captions(pictures, kind)
     if as_json:
