@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ def evaluate(
     console = Console(stderr=True)
     figures: Figures = {"step": m.step, "parameters": sum(weight.numel() for weight in m.network.parameters())}
     with console.status("measuring") as status:
+        tell = status.update if console.is_terminal else partial(console.print, markup=False)
         place = data or (Path(m.recipe.data) if m.recipe else Path("data"))
         before = _before(m, place)
         folder = home / OF_FILES
@@ -48,10 +50,10 @@ def evaluate(
             corpus = Corpus.open(place)
             folder = home / (FOLDER if m.is_own(corpus) else OF_OTHER)
             own = [quality.pair_of(corpus.picture(row)) for row in quality.picture_rows(corpus, split)]
-            found, samples = _of_corpus(m, corpus, split, own, place, status.update)
+            found, samples = _of_corpus(m, corpus, split, own, place, tell)
             figures["split"] = split
         if before and own:
-            figures["before_after"] = compare(m, before, Corpus.open(place), split, own, status.update)
+            figures["before_after"] = compare(m, before, Corpus.open(place), split, own, tell)
     figures = quality.finite(figures | found)
     try:
         page = write_evaluation(folder, home.resolve().name, figures, samples)

@@ -17,7 +17,7 @@ from training.placement import TIERS
 # How far an estimate may be off: over the largest errors of `m6 plan --validate` by kind of job (docs/planner.md), and
 # of machines without GPUs those of benchmarks/plan_here.md.
 TIME, TIME_OF_EXPERTS, TIME_OF_OFFLOAD, MEMORY, POWER = 0.25, 0.30, 0.30, 0.10, 0.10
-TIME_OF_CPU, MEMORY_OF_CPU = 0.30, 0.20
+TIME_OF_CPU, MEMORY_OF_CPU = 1.6, 0.20
 
 
 @dataclass(frozen=True)
