@@ -65,10 +65,13 @@ def _free_disk(folder: Path) -> int:
 
 
 def extrapolate(fewer: Any, more: Any, layers: tuple[int, int], whole: int) -> Any:
-    """Numbers, also within mappings, that are linear in the layers: at `whole` of them, from two of them."""
+    """Numbers, also within mappings, that are linear in the layers: at `whole` of them, from two of them.
+
+    None falls with the layers: where a measured one seems to, that is noise.
+    """
     if isinstance(more, Mapping):
         return {key: extrapolate(fewer[key], value, layers, whole) for key, value in more.items()}
     if more is None or isinstance(more, str):
         return more
-    value = more + (more - fewer) * (whole - layers[1]) / (layers[1] - layers[0])
+    value = more + max(more - fewer, 0) * (whole - layers[1]) / (layers[1] - layers[0])
     return value if isinstance(more, float) else round(value)

@@ -62,6 +62,11 @@ def test_some_layers_tell_of_all() -> None:
     assert told["memory"]["step_bytes"] == pytest.approx(five["memory"]["step_bytes"], rel=0.1)
 
 
+def test_what_noise_takes_away_does_not_count() -> None:
+    fewer, more = {"step": {"seconds": 3.0, "tokens": 8}}, {"step": {"seconds": 2.0, "tokens": 8}}
+    assert rank_share.extrapolate(fewer, more, (1, 2), 4) == more
+
+
 def test_arithmetic_agrees_with_what_is_held(tmp_path: Path) -> None:
     """The check before anything is built: all states, and no more than is held at the most."""
     for world, cases in ranks.CASES.items():
