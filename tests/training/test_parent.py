@@ -1,5 +1,6 @@
 """Fine-tuning as a person starts it: what a recipe takes over from another run, what is refused, how it goes on."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import yaml
 from click.testing import CliRunner
 
 from launch.cli import m6
-from launch.run import TrainingRun
+from launch.run import TrainingRun, check_background
 from tests.training.made_checkpoint import make_checkpoints, make_image_tokenizer, make_recipe
 from training import M6, checkpoint_files
 from training.background import Background
@@ -261,3 +262,11 @@ def test_other_data_do_not_take_the_place_of_what_a_report_shows(home: Path, sam
     figures = json.loads((run / OF_OTHER / FIGURES).read_text(encoding="utf-8"))
     assert figures["retrieval"] and not (run / FOLDER).exists()
     assert figures["text_poem"].keys() == {"unprompted", "prompted", "5-gram, all training text"}
+
+
+def test_a_dry_run_tells_that_the_parents_data_are_gone(tmp_path: Path) -> None:
+    parent, recipe = Parent.at(Path(PARENT)), load_recipe(RECIPE, ["start=parent", "data=shop"])
+    check_background(parent, recipe)
+    gone = parent.recipe.model_copy(update={"data": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match="the data that it was trained on is needed"):
+        check_background(dataclasses.replace(parent, recipe=gone), recipe)
