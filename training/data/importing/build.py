@@ -6,7 +6,6 @@ by the feature network. Tokenizer and network are those of another corpus, `base
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -36,6 +35,7 @@ from training.data.importing.sources import Source
 from training.data.progress import phase, working
 from training.data.rows import Picture
 from training.errors import UserError
+from training.files import NO_ROOM
 
 Tell = Callable[[str], object]
 Known = dict[tuple[bytes, bool], np.ndarray]  # by a picture and whether it may be mirrored: its features
@@ -43,7 +43,6 @@ Known = dict[tuple[bytes, bool], np.ndarray]  # by a picture and whether it may 
 SECONDS_A_PICTURE = 0.16  # that a core takes to describe its views, about
 _FEATURE_BYTES = len(AUGMENTATIONS) * PATCHES * CHANNELS * 2  # of a picture
 _SPARE_BYTES = 64 * 2**20
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass
@@ -88,7 +87,7 @@ def import_corpus(
             task = _Import(building, to, origin, present, settings, tell)
             return task.run(sources, readers)
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in NO_ROOM:
                 raise
             raise UserError(f"{to}: {error.strerror}; make room, or give another folder") from None
         finally:
