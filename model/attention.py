@@ -1,10 +1,12 @@
 """Multi-head attention over [image][source][target], steered by the mask alone.
 
-Shape suffixes: B rows, N positions of a row, T packed positions, Q queries, K keys, D hidden size, H heads,
+Shape suffixes: B rows, N positions of a row, T packed positions, Q queries, K keys, D hidden size, H heads, A = B H,
 d head size.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from model.cache import LayerCache
 from model.config import ModelConfig
+from model.grouped import multiplied_in_fp32
 from model.initialise import Linear
 from model.packing import Packing
 
@@ -29,6 +32,31 @@ def attention_mask(source_BN: Tensor, valid_BN: Tensor) -> Tensor:
     own_B1QK = target_B1Q1 & causal_NN & (valid_BN & ~source_BN)[:, None, None, :]
     seen_B1QK = (source_B11K & valid_BN[:, None, :, None]) | own_B1QK
     return seen_B1QK | torch.eye(n, dtype=torch.bool, device=source_BN.device)
+
+
+MOST_SCORES = 2**25  # of all rows and heads of a batch: a CPU keeps as many numbers a layer for its backward pass
+
+
+def attend(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, mask_B1NN: Tensor) -> Tensor:
+    """What each position takes from those that it sees, [B, H, N, d].
+
+    In training on CPUs short rows go through plain products: the backward pass of torch's own kernel takes several
+    times as long in bf16 (docs/LOG.md, 51).
+    """
+    b, h, n, d = q_BHNd.shape
+    if not _learns_by_products(q_BHNd) or b * h * n * n > MOST_SCORES:
+        return F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask_B1NN)
+    hidden_B1NN = q_BHNd.new_zeros(mask_B1NN.shape).masked_fill(~mask_B1NN, -math.inf)
+    q_ANd, k_ANd, v_ANd = (x_BHNd.flatten(0, 1) for x_BHNd in (q_BHNd, k_BHNd, v_BHNd))
+    scores_ANN = torch.baddbmm(
+        hidden_B1NN.expand(b, h, n, n).flatten(0, 1), q_ANd, k_ANd.transpose(1, 2), alpha=d**-0.5
+    )
+    return torch.bmm(scores_ANN.softmax(-1), v_ANd).unflatten(0, (b, h))
+
+
+def _learns_by_products(x: Tensor) -> bool:
+    emulated = x.dtype.itemsize < 4 and multiplied_in_fp32(x)
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not emulated
 
 
 class Attention(nn.Module):
@@ -49,7 +77,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.append(qkv_3BHNd[1:])
         q_BHNd, k_BHNd, v_BHNd = qkv_3BHNd.unbind(0)
-        y_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=mask_B1NN)
+        y_BHNd = attend(q_BHNd, k_BHNd, v_BHNd, mask_B1NN)
         return self.out(packing.pack(y_BHNd.transpose(1, 2).flatten(2)))
 
     def extend(self, x_BD: Tensor, mask_B11K: Tensor, cache: LayerCache) -> Tensor:

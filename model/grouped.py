@@ -30,7 +30,7 @@ def few_sizes(size: int, like: Tensor) -> int:
     """
     if like.device.type != "cpu":
         return max(-(-size // DEVICE_MULTIPLE), 1) * DEVICE_MULTIPLE
-    if _multiplied_in_fp32(like):
+    if multiplied_in_fp32(like):
         return size
     step = max(2 ** (size - 1).bit_length() // 2 // SIZES_AN_OCTAVE, LEAST_SIZE)
     return -(-size // step) * step
@@ -205,14 +205,14 @@ def _activate_backward(grad_BF: Tensor, inner_BI: Tensor, gated: bool) -> tuple[
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b into `out`, which is returned."""
-    if a.dtype.itemsize < 4 and _multiplied_in_fp32(a):
+    if a.dtype.itemsize < 4 and multiplied_in_fp32(a):
         return out.copy_(a.float() @ b.float())
     return torch.mm(a, b, out=out)
 
 
 def _multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Add SCALE times a @ b to `out`."""
-    if a.dtype.itemsize < 4 and _multiplied_in_fp32(a):
+    if a.dtype.itemsize < 4 and multiplied_in_fp32(a):
         out.add_(a.float() @ b.float(), alpha=SCALE)
     else:
         out.addmm_(a, b, alpha=SCALE)
@@ -222,7 +222,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return _multiply(a, b, a.new_empty(len(a), b.shape[1]))
 
 
-def _multiplied_in_fp32(factor: Tensor) -> bool:
+def multiplied_in_fp32(factor: Tensor) -> bool:
     """Whether such tensors are multiplied as fp32 on CPU, by MKL, which compiles nothing.
 
     16-bit ones are where oneDNN has no kernels for them, as with AVX2 alone: torch's own loops take a hundred times as

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model import attention
 from model.attention import Attention, attention_mask
 from model.m6 import M6
 from model.packing import Packing
@@ -144,3 +145,19 @@ def test_more_padding_changes_no_loss(padding):
         "labels_BT": torch.nn.functional.pad(batch["labels_BT"], (0, padding), value=-100),
     }
     torch.testing.assert_close(model(longer)["loss_B"], model(batch)["loss_B"])
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-9), (torch.bfloat16, 0.05)])
+def test_short_rows_attend_as_long_ones_do(dtype: torch.dtype, rounding: float, monkeypatch: pytest.MonkeyPatch):
+    """Outputs and gradients of plain products are those of torch's kernel."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(3, 2, 19, 8, dtype=dtype, generator=generator).requires_grad_() for _ in range(3)]
+    source_BN = torch.arange(19) < torch.tensor([[5], [0], [19]])
+    mask_B1NN = attention_mask(source_BN, torch.arange(19) < torch.tensor([[12], [19], [1]]))
+    found = []
+    for most in (0, 2**25):
+        monkeypatch.setattr(attention, "MOST_SCORES", most)
+        y_BHNd = attention.attend(*leaves, mask_B1NN)
+        found.append((y_BHNd, *torch.autograd.grad(y_BHNd.square().sum(), leaves)))
+    for kernels, products in zip(*found, strict=True):
+        torch.testing.assert_close(products, kernels, rtol=rounding, atol=rounding)

@@ -37,6 +37,7 @@ def test_logits_of_every_token_are_those_of_the_full_pass(config: ModelConfig, r
         torch.testing.assert_close(logits_BV, expected_BV, **TOLERANCE)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("config", [DENSE, TINY], ids=["dense", "experts"])
 def test_16_bit_logits_stay_near_the_full_pass(config: ModelConfig):
     """Nearer than rounding moves them, on the whole: of experts a few tokens may choose others."""

@@ -91,7 +91,7 @@ def test_all_experts_at_once_is_one_at_a_time(gated, sizes, dtype, bound, adapte
 
 @pytest.mark.parametrize("as_fp32", [False, True])
 def test_16_bit_factors_may_be_multiplied_either_way(as_fp32, monkeypatch):
-    monkeypatch.setattr(grouped, "_multiplied_in_fp32", lambda factor: as_fp32)
+    monkeypatch.setattr(grouped, "multiplied_in_fp32", lambda factor: as_fp32)
     found = run(grouped.expert_mlp, True, SIZES["ragged"], torch.bfloat16, adapted=True)
     agree(found, run(one_at_a_time, True, SIZES["ragged"], torch.float64, adapted=True), 0.03)
 
@@ -101,7 +101,7 @@ def test_16_bit_factors_may_be_multiplied_either_way(as_fp32, monkeypatch):
 def test_sizes_are_few_and_little_is_added(size):
     like = torch.empty(0, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "_multiplied_in_fp32", lambda factor: False)
+        patch.setattr(grouped, "multiplied_in_fp32", lambda factor: False)
         rounded = grouped.few_sizes(size, like)
         assert grouped.few_sizes(rounded, like) == rounded
     assert size <= rounded < size + max(size / 16, 16)
@@ -113,7 +113,7 @@ def test_blocks_on_a_gpu_are_never_empty(size, rounded):
 
 
 def test_16_bit_sizes_are_at_most_sixteen_an_octave(monkeypatch):
-    monkeypatch.setattr(grouped, "_multiplied_in_fp32", lambda factor: False)
+    monkeypatch.setattr(grouped, "multiplied_in_fp32", lambda factor: False)
     like = torch.empty(0, dtype=torch.bfloat16)
     for size in (256, 4096):
         sizes = {grouped.few_sizes(n, like) for n in range(size + 1, 2 * size + 1)}

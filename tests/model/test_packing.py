@@ -19,7 +19,7 @@ def test_packing_keeps_valid_positions_in_order_and_zeroes_the_rest(valid, round
     x_BND = torch.randn(*valid_BN.shape, 3, dtype=torch.float64, requires_grad=True)
     like = torch.empty(0, dtype=torch.bfloat16 if rounded else torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "_multiplied_in_fp32", lambda factor: not rounded)
+        patch.setattr(grouped, "multiplied_in_fp32", lambda factor: not rounded)
         packing = Packing.of(valid_BN, like)
     x_TD = packing.pack(x_BND)
     count = int(valid_BN.sum())
