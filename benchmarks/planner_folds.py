@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from launch.planner import published
+from launch.planner.fitting import fitted
 from launch.planner.hardware import FAMILIES, OTHER_FAMILY
 from launch.planner.published import Inexpressible, Row
 from launch.planner.validation import Prediction, predict, read_rows, score
@@ -26,9 +25,8 @@ TABLE = Path(__file__).parent / "calibration.csv"
 NAMES = ("matmul", "memory", "network")
 # What too few rows tell is held near the constants of an unknown device, or of the generation before. Standard
 # deviations: of a row's ln(predicted / measured), and of the constants' logarithms, as V100, A100 and H100 differ.
-TYPICAL, SPREAD = 0.08, np.array([0.2, 0.5, 0.15])
+TYPICAL, SPREAD = 0.08, (0.2, 0.5, 0.15)
 BEFORE = {"B200": "H100"}
-ROUNDS, STEP, ENOUGH = 10, 1e-3, 2e-3
 
 
 @contextmanager
@@ -43,28 +41,15 @@ def constants(family: str, values: Sequence[float]) -> Iterator[None]:
 
 
 def fit(family: str, rows: Sequence[Row]) -> list[float]:
-    """The constants that rows of a family tell, to two digits.
-
-    Least squares of ln(predicted / measured), from TYPICAL on absolute values, so that no outlier decides.
-    """
+    """The constants that rows of a family tell, to two digits."""
     near = FAMILIES[BEFORE[family]] if family in BEFORE else OTHER_FAMILY
-    prior = np.log([getattr(near, name) for name in NAMES])
-    found = prior.copy()
 
-    def misses(logs: np.ndarray) -> np.ndarray:
-        with constants(family, np.exp(logs).tolist()):
-            ratios = [math.log(1 + (predict(row).error or 0)) for row in rows]
-        return np.array([*np.array(ratios) / TYPICAL, *(logs - prior) / SPREAD])
+    def ratios(values: Sequence[float]) -> list[float]:
+        with constants(family, values):
+            return [math.log(1 + (predict(row).error or 0)) for row in rows]
 
-    for _ in range(ROUNDS):
-        here = misses(found)
-        slopes = np.stack([(misses(found + STEP * unit) - here) / STEP for unit in np.eye(len(NAMES))], axis=1)
-        weights = 1 / np.sqrt(np.maximum(1, abs(here)))
-        move = np.linalg.lstsq(weights[:, None] * slopes, -weights * here, rcond=None)[0]
-        before, found = found, np.minimum(found + np.clip(move, -0.3, 0.3), 0.0)
-        if abs(found - before).max() < ENOUGH:
-            break
-    return np.exp(found).round(2).tolist()
+    prior = [getattr(near, name) for name in NAMES]
+    return [round(value, 2) for value in fitted(ratios, prior, SPREAD, TYPICAL, most=1.0)]
 
 
 def told_by(family: str, rows: Sequence[Row]) -> list[Row]:

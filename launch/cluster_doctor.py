@@ -31,7 +31,7 @@ from training.run import FOLDER
 SLOW = 0.7  # of the middle machine's rate
 LESS = 0.9  # of the middle machine's size
 CLOCK_SECONDS = 1.0
-MOST_SECONDS = 600.0  # that measuring may take
+MOST_SECONDS = 1200.0  # that measuring may take
 NEED_SHARED, NEED_LOCKABLE = 10**9, 2**36  # bytes, of a machine with GPUs: NCCL's, page-locked buffers' for offload
 RATES = {
     "disk_write": "disk write", "disk_read": "disk read", "memory_rate": "memory", "products": "matrix products",
@@ -64,7 +64,7 @@ def examine_cluster(place: Place, plan: str | None, as_json: bool) -> int:
     return 1 if told else 0
 
 
-def measure(nodes: Nodes) -> dict[str, Machine] | None:
+def measure(nodes: Nodes, small_jobs: bool = False) -> dict[str, Machine] | None:
     """What the program on all ranks finds, by machine; None where another machine has that. Raises UserError."""
     gpus = count_gpus()
     check_gpus(nodes, gpus)
@@ -72,6 +72,7 @@ def measure(nodes: Nodes) -> dict[str, Machine] | None:
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=FOLDER) as folder:
         target = Path(folder, "found.json")
         program = ["launch.preflight", "--to", str(target), "--folder", folder]
+        program += ["--small-jobs"] if small_jobs else []
         environment = rank_environment(os.environ, len(nodes.ranks), on_gpu=gpus > 0)
         command = launcher_command(program, nodes, gpu_numbers(gpus))
         process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -80,6 +81,7 @@ def measure(nodes: Nodes) -> dict[str, Machine] | None:
                 process.wait(MOST_SECONDS)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+                print(f"m6: not done after {MOST_SECONDS:.0f} s: ended", file=sys.stderr)
         if received:
             sys.exit(128 + received[0])
         if process.returncode:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.table import Table
 
 from launch.cluster_doctor import measure
 from launch.nodes import Place
 from launch.planner.cluster import Cluster
 from launch.run import CPU_RANKS, count_gpus
+from launch.small_jobs import Step, planned, reached
 from training.errors import UserError
 from training.files import replace
 from training.recipe import parse_settings
@@ -35,14 +38,34 @@ def write_cluster(place: Place, target: Path) -> None:
             "--write-cluster: GPUs are planned by their data sheets: copy a file of launch/clusters and change it"
         )
     nodes = place.nodes(CPU_RANKS)
-    found = measure(nodes)
+    with Console(stderr=True).status("measuring, and training six small jobs: about a minute …"):
+        found = measure(nodes, small_jobs=True)
     assert found
     [machine] = found.values()
     values = described(machine, len(nodes.ranks))
-    parse_settings(Cluster, values, [], str(target))
+    cluster = parse_settings(Cluster, values, [], str(target))
+    steps = {name: Step(*seconds) for name, seconds in machine["small_jobs"].items()}
+    values["device"]["reached"] = rounded(reached(cluster, steps).model_dump())
+    show(parse_settings(Cluster, values, [], str(target)), steps)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     replace(target, NOTE.format(date=datetime.datetime.now().date(), ranks=len(nodes.ranks)) + text, durable=False)
     print(f"{target}: use it by m6 plan --cluster {target} --model RECIPE")
+
+
+def show(cluster: Cluster, steps: Mapping[str, Step]) -> None:
+    """The small jobs beside their plans: how well the planner describes this machine at the best."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("small job", "a step, s", "planned", "off", "its optimizer, s", "planned"):
+        table.add_column(heading, justify="left" if heading == "small job" else "right")
+    for name, real in steps.items():
+        plan = planned(name, cluster)
+        own = f"{real.whole:.3f}", f"{plan.whole:.3f}", f"{plan.whole / real.whole - 1:+.0%}"
+        table.add_row(name, *own, f"{real.optimizer:.3f}", f"{plan.optimizer:.3f}")
+    Console().print(table)
+
+
+def rounded(shares: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in shares.items()}
 
 
 def described(machine: Mapping[str, Any], ranks: int) -> dict[str, Any]:

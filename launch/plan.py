@@ -13,12 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.planned import fill_of
 from launch.planner.cluster import load_cluster
 from launch.planner.plan import PARTS, Plan, as_json, make_plan
 from launch.planner.search import Candidate, overrides, search
 from launch.planner.terms import Term
 from launch.planner.validation import constants, predict, read_rows, score
-from launch.planner.workload import Work, load_work
+from launch.planner.workload import Fill, Work, is_recipe, load_work
 from training.errors import UserError
 from training.placement import TIERS
 
@@ -35,7 +36,7 @@ class Request:
     tokens: float | None
     overrides: Sequence[str]
     delinked: bool
-    filled: float = 1.0
+    filled: float | None = 1.0  # None: as the recipe's data tell
 
     def work(self) -> Work:
         """Raises UserError."""
@@ -44,7 +45,13 @@ class Request:
                 raise UserError(f"{name} is missing: a plan needs a model, a cluster and a ds_config")
         assert self.model and self.cluster
         cluster = load_cluster(self.cluster)
-        return load_work(self.model, cluster, self.ds_config, self.tokens, self.overrides, self.delinked, self.filled)
+        given = self.model, cluster, self.ds_config, self.tokens, self.overrides, self.delinked
+        if self.filled is not None:
+            return load_work(*given, Fill(self.filled))
+        if not is_recipe(self.model):
+            raise UserError(f"--filled auto: {self.model} has no data to look at; give a recipe, or a share")
+        full = load_work(*given)
+        return load_work(*given, fill_of(full.recipe, cluster.devices, full.config.micro_batch))
 
 
 # Options that another one would leave without a meaning.

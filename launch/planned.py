@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from launch.planner.cluster import load_cluster
 from launch.planner.plan import Plan, make_plan
-from launch.planner.workload import resolved
+from launch.planner.workload import Fill, resolved
 from training.errors import UserError
 from training.recipe import Recipe
 from training.records import read_json, write_json
 from training.run import PLAN
+
+if TYPE_CHECKING:
+    from training.data.tasks.base import Row
 
 ROWS = 256  # by which it is judged how full rows are
 
@@ -35,10 +41,11 @@ def foretold(recipe: Recipe, cluster: str, world: int) -> dict[str, Any]:
     on = load_cluster(cluster)
     if on.devices != world:
         raise UserError(f"--cluster {cluster}: has {on.devices} devices, and this run {world} ranks; plan for as many")
-    filled = filled_share(recipe)
-    made = make_plan(replace(resolved(recipe, on, tokens=1.0), filled=filled))
+    work = resolved(recipe, on, tokens=1.0)
+    fill = fill_of(recipe, world, work.config.micro_batch)
+    made = make_plan(replace(work, fill=fill))
     watts = watts_counted(made)
-    return {"watts": watts, "filled": filled, "metrics": metrics(made, watts)}
+    return {"watts": watts, "filled": fill.held, "metrics": metrics(made, watts)}
 
 
 def watts_counted(made: Plan) -> float:
@@ -61,15 +68,29 @@ def metrics(made: Plan, watts: float) -> dict[str, dict[str, float]]:
     return found | {"memory/host_bytes": {name: machine.nodes * value for name, value in host.items()}}
 
 
-def filled_share(recipe: Recipe) -> float:
-    """Share of a step's positions that hold something, by the first rows of the run. Raises UserError."""
+def fill_of(recipe: Recipe, ranks: int, micro_batch: int) -> Fill:
+    """How full the first rows of a run are, and how evenly its ranks' shares of them. Raises UserError."""
     from training.data.order import training_order  # with the tasks, whose import takes seconds
     from training.image_folder import open_corpus
 
-    model = recipe.model_shape()
-    order = training_order(open_corpus(recipe, model), recipe)
-    rows = [order.row(position) for position in range(min(ROWS, recipe.global_batch))]
-    held = sum(
-        len(row.source) + max(len(row.target), 1) + model.image_patches * (row.picture is not None) for row in rows
-    )
-    return held / (len(rows) * (model.image_patches + recipe.text_positions))
+    order = training_order(open_corpus(recipe, recipe.model_shape()), recipe)
+    shared = ranks * micro_batch
+    count = max(ROWS // shared, 1) * shared
+    rows = [order.row(position) for position in range(count)]
+    widths = [order.width(start, start + shared) for start in range(0, count, shared)]
+    return fill_of_rows(rows, recipe, ranks, micro_batch, float(np.mean(widths)))
+
+
+def fill_of_rows(rows: Sequence[Row], recipe: Recipe, ranks: int, micro_batch: int, width: float) -> Fill:
+    """`rows`: of whole micro-batches, in their order; `width`: text positions of their batches."""
+    patches = recipe.model_shape().image_patches
+    held = np.array(
+        [len(row.source) + max(len(row.target), 1) + patches * (row.picture is not None) for row in rows], float
+    )  # fmt: skip
+    by_rank = held.reshape(-1, ranks, micro_batch).sum(2)
+    targets = sum(len(row.target) + len(row.hidden) for row in rows)
+    return Fill(
+        held=float(held.mean() / (patches + recipe.text_positions)), targets=float(targets / held.sum()),
+        width=(patches + width) / (patches + recipe.text_positions),
+        uneven=float(by_rank.max(1).mean() / by_rank.mean()),
+    )  # fmt: skip

@@ -15,6 +15,7 @@ import resource
 import shutil
 import statistics
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from launch import small_jobs
 from launch.measure import all_to_all_rate, copy_rate, disk_rates, link_rate, partner, threads
 from training import loop  # noqa: F401  (all that a training process imports)
 from training.machine import memory_bytes, multiplies_bf16, usable_cores
 from training.peak import matmul_flops
-from training.start import init_distributed
+from training.start import init_distributed, leave
 
 ROOT = Path(__file__).resolve().parent.parent
 MEETINGS = 8  # other machines that one's link is measured with, at the most
@@ -56,6 +58,7 @@ class Facts:
     clock: float = 0.0  # seconds ahead of the middle one
     links: dict[int, float] | None = None
     all_to_all: float = 0.0  # of its first rank, all ranks at once
+    small_jobs: dict[str, tuple[float, float]] | None = None  # seconds of a step and of its optimizer, by job
 
 
 def versions() -> dict[str, str]:
@@ -109,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="launch.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="on the disk that runs and swap files are on")
+    parser.add_argument("--small-jobs", action="store_true", help="train, too")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)  # of torch, at DeepSpeed's calls, once a call
     init_distributed()
     accelerator = get_accelerator()
     accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -134,13 +139,14 @@ def main() -> None:
         found["clock"] = clock(group)
     dist.barrier()
     exchanged = all_to_all_rate(device)
+    jobs = small_jobs.measured(dist.get_rank(), dist.get_world_size()) if arguments.small_jobs else None
     if found:
-        found["all_to_all"] = exchanged
+        found |= {"all_to_all": exchanged, "small_jobs": jobs}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, found)
     if dist.get_rank() == 0:
         arguments.to.write_text(json.dumps([gathered[rank] for rank in ranks]), encoding="utf-8")
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

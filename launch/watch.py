@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import socket
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import plotext
+import psutil
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -22,7 +24,7 @@ from rich.text import Text
 from launch.supervisor import patience
 from training.charts import Point, thinned
 from training.errors import LEFT, UserError
-from training.heartbeat import Beat, read_beat
+from training.heartbeat import Beat, pid_namespace, read_beat
 from training.heat import colour, relative_load
 from training.records import MODALITIES, Record, parse_lines, read_json, read_lines
 from training.report import VALIDATION, is_delinked, planned_steps
@@ -30,6 +32,8 @@ from training.run import FOLDER, INCIDENTS, RANKS, home_of, read_plan
 from training.screen import duration, scaled
 
 LOOK_SECONDS = 2.0
+GONE_SECONDS = 5.0  # after a process' end in which its last words may still come
+CLOCK_SECONDS = 60.0  # that a process may seem to be younger than what it says: clocks are set
 RECENT = 20  # logged lines that stand for now
 ROWS, EVENTS = 6, 6  # of experts and of events
 HEADING_ROWS, CHART_ROWS, LEAST_BELOW = 4, 14, 4
@@ -191,6 +195,8 @@ def state(seen: Seen) -> Text:
     ended = [beat for beat in beats if beat.phase == "ended"]
     if len(ended) == len(beats) or any(beat.code not in (0, LEFT) for beat in ended):  # it takes the others with it
         return _ended(ended)
+    if killed := [rank for rank, (beat, age) in seen.beats.items() if age > GONE_SECONDS and is_gone(beat)]:
+        return Text(f"rank {killed[0]} was killed; m6 train --resume goes on where no supervisor does", style="red")
     at_work = [(age / patience(beat), age, rank) for rank, (beat, age) in seen.beats.items() if beat.phase != "ended"]
     over, age, rank = max(at_work)
     if over > 1:
@@ -199,6 +205,17 @@ def state(seen: Seen) -> Text:
         return Text(f"{told}: killed, hanging, or its files are late", style="red")
     phases = "/".join(sorted({beat.phase for beat in beats}))
     return Text(f"{phases}, {len(beats)} rank{'s' if len(beats) > 1 else ''}", style="green")
+
+
+def is_gone(beat: Beat) -> bool:
+    """Whether a rank that has not said that it ended is no process any more; of other machines nobody knows."""
+    if beat.phase == "ended" or (beat.host, beat.namespace) != (socket.gethostname(), pid_namespace()):
+        return False
+    try:
+        process = psutil.Process(beat.pid)
+        return process.status() == psutil.STATUS_ZOMBIE or process.create_time() > beat.started + CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _ended(beats: Sequence[Beat]) -> Text:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import LayerCache
-from model.config import ModelConfig
+from model.config import MOST_SCORES, ModelConfig
 from model.grouped import multiplied_in_fp32
 from model.initialise import Linear
 from model.packing import Packing
@@ -32,9 +32,6 @@ def attention_mask(source_BN: Tensor, valid_BN: Tensor) -> Tensor:
     own_B1QK = target_B1Q1 & causal_NN & (valid_BN & ~source_BN)[:, None, None, :]
     seen_B1QK = (source_B11K & valid_BN[:, None, :, None]) | own_B1QK
     return seen_B1QK | torch.eye(n, dtype=torch.bool, device=source_BN.device)
-
-
-MOST_SCORES = 2**25  # of all rows and heads of a batch: a CPU keeps as many numbers a layer for its backward pass
 
 
 def attend(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, mask_B1NN: Tensor) -> Tensor:

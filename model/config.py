@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from model.parts import ADAPTERS, WHOLE
 
 MOST_IMAGE_CODES = 2**16  # they are stored in 16 bits
+MOST_SCORES = 2**25  # of attention, of all rows and heads of a batch: a CPU keeps as many numbers a layer in training
 MOST_CAPACITY = 1_000_000  # places for an even share: far more than any number of tokens fills
 
 Routing = Literal["prototype", "top-k"]

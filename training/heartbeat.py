@@ -43,6 +43,14 @@ class Beat:
     usual_seconds: float | None  # the longest time between two beats of the last steps; None: not known yet
     code: int | None = None  # with which the rank ended
     error: str = ""
+    namespace: int = 0  # in which `pid` is its number
+
+
+def pid_namespace() -> int:
+    """This process' own, by its number; 0 where that is not known."""
+    with contextlib.suppress(OSError):
+        return os.stat("/proc/self/ns/pid").st_ino
+    return 0
 
 
 class Heartbeat:
@@ -119,7 +127,7 @@ class Heartbeat:
             return
         beat = Beat(
             os.getpid(), socket.gethostname(), self._started, time.time(), self._phase, self._step, self._first_step,
-            self._usual(), code, self.error,
+            self._usual(), code, self.error, pid_namespace(),
         )  # fmt: skip
         try:
             write_json(self._path, asdict(beat))

@@ -23,7 +23,7 @@ from training.heartbeat import Heartbeat
 from training.loop import Training
 from training.parent import load_recipe
 from training.run import run_folder
-from training.start import init_distributed
+from training.start import init_distributed, leave
 from training.stopping import StopRequested, answer
 
 LAUNCHER_SECONDS = 5  # that a launcher may take to see that one of its ranks ended, and to end the others
@@ -45,9 +45,7 @@ def main() -> None:
         raise
     if code != RESTARTABLE:  # that one has told what it was
         heartbeat.end(code)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    leave(code)
 
 
 def _train(arguments: argparse.Namespace, heartbeat: Heartbeat) -> int:

@@ -50,6 +50,13 @@ class Number(click.FloatRange):
         return number
 
 
+class Filled(Number):
+    """Such a number, or `auto`, which is None."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--model", help="A preset (see m6 models), or a recipe: launch/recipes/*.yaml.")
@@ -58,10 +65,12 @@ class Number(click.FloatRange):
 @click.option("--tokens", type=Number(1, 1e18), help="Trained on; a recipe's steps, or a billion, if not given.")
 @click.option(
     "--filled",
-    type=Number(0.001, 1),
+    type=Filled(0.001, 1),
     default=1.0,
     show_default=True,
-    help="Share of a row's positions that hold something: the others are left out, and take memory but no time.",
+    metavar="SHARE|auto",
+    help="Share of a row's positions that hold something: the others are left out, and take memory but next to no "
+    "time. auto: as in the recipe's data.",
 )
 @click.option("--delinked", is_flag=True, help="The recipe's training after its layers were delinked.")
 @click.option("--search", is_flag=True, help="Find the cheapest settings that fit, and say why the rest lost.")
@@ -74,7 +83,7 @@ def plan(
     cluster: str | None,
     ds_config: str | None,
     tokens: float | None,
-    filled: float,
+    filled: float | None,
     delinked: bool,
     search: bool,
     explain: str | None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from launch.planner.hardware import MULTIPLYING, PRECISIONS, Hardware
+from launch.planner.hardware import MULTIPLYING, OTHER_NETWORK, PRECISIONS, Family, Hardware
 from training.errors import UserError
 from training.recipe import Section, one_of, parse_settings, read_mapping
 
@@ -21,12 +21,31 @@ Count = Annotated[int, Field(ge=1, le=10**6)]
 
 
 Precision = Annotated[str, one_of(PRECISIONS)]
+Share = Annotated[float, Field(ge=1e-6, le=1e3)]
 
 
 class Part(Section):
     """Of a cluster file: `true` is no number there, nor is text."""
 
     model_config = ConfigDict(strict=True)
+
+
+class Reached(Part):
+    """What `m6 doctor` found that small trainings on a CPU reach of its other numbers, as shares of them."""
+
+    precision: Precision  # that they trained in
+    products: Share
+    passes: Share  # of a thread's copies, by what layers do besides products
+    weights: Share  # of all memory's copies, by what reads weights and sums their gradients
+    states: Share  # likewise, by the optimizer's step
+    gathers: Share  # of the all-to-all's rate, by ZeRO's collectives
+    layer_seconds: Annotated[float, Field(ge=0, le=60)]  # of a layer in one pass, whatever its size
+    expert_seconds: Annotated[float, Field(ge=0, le=60)]  # likewise of an expert
+
+    @property
+    def family(self) -> Family:
+        shares = self.products, self.passes, OTHER_NETWORK, "m6 doctor", self.states, self.weights, self.gathers
+        return Family(*shares, self.layer_seconds, self.expert_seconds)
 
 
 class Device(Part):
@@ -38,11 +57,14 @@ class Device(Part):
     memory_bytes_per_second: Amount
     peak_flops: dict[Precision, Amount]  # of dense products
     process_bytes: Amount | None = None  # of a rank beside all tensors; assumed if not known
+    reached: Reached | None = None  # of a CPU; assumed if not known
 
     @model_validator(mode="after")
     def _multiplies(self) -> Device:
         if not self.peak_flops.keys() & {"fp16", "bf16", "fp32"}:
             raise ValueError("peak_flops: must have bf16, fp16 or fp32")
+        if self.reached and self.kind == "gpu":
+            raise ValueError("reached: is of a CPU alone; what GPUs reach is fitted to published runs")
         return self
 
 
@@ -134,7 +156,7 @@ class Cluster(Part):
             links.host_to_devices or links.host_to_device * self.devices_per_node, self.host.memory_bytes,
             self.host.memory_bytes_per_second, disks.bytes, read, disks.write_bytes_per_second or read / 2,
             self.power.device_watts, self.power.node_watts, self.power.switch_watts, device.kind == "cpu",
-            device.process_bytes,
+            device.process_bytes, device.reached.family if device.reached else None,
         )  # fmt: skip
 
     @property
@@ -149,6 +171,8 @@ class Cluster(Part):
             found.append(
                 f"disks.write_bytes_per_second is unknown: taken as {hardware.disk_write:.3g}, half of reading"
             )
+        if hardware.is_cpu and not hardware.reached:
+            found.append("device.reached is unknown: taken as of another CPU; m6 doctor --write-cluster measures it")
         if not device_known(hardware):
             found.append(f"device {self.device.name}: of no fitted family, its shares of peak are guessed")
         return found

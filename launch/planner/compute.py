@@ -13,16 +13,18 @@ from launch.planner.terms import Term, Terms
 
 # Passes over what a layer stores for its backward pass: written, read, read again, and its gradient written.
 PASSES = 4
-LAUNCH_SECONDS = 0.5e-3  # of one layer in one pass
+# What recomputation adds to them, and to the host's time. A CPU takes next to all of its time on the way back, where
+# gradients are made, summed and gathered: a job of benchmarks/plan_here.py took 7 % longer, its products among it.
+RECOMPUTED, RECOMPUTED_ON_CPU = 1 / 2, 1 / 8
 
 
 def add_flops(terms: Terms, job: Job) -> Term:
     """FLOPs of a step: `flops.model` without recomputation, `flops.hardware` with it; returns the latter."""
     shape, layout = job.shape, job.layout
     scores = terms.add(
-        "flops.scores", "4 * layers * seq * attended * (0.5 if fused else 1)", "FLOPs a token, forward",
+        "flops.scores", "4 * layers * seq * padded**2 * attended * (0.5 if fused else 1)", "FLOPs a token, forward",
         "[1] appendix; fused kernels leave half of a causal mask out", layers=shape.layers, seq=shape.seq,
-        attended=shape.attended, fused=shape.fused_attention,
+        padded=shape.padded, attended=shape.attended, fused=shape.fused_attention,
     )  # fmt: skip
     terms.add(
         "flops.model", "3 * tokens * (2 * matrices + 2 * targets * head + 4 * layers * seq * attended)", "FLOPs a step",
@@ -61,20 +63,22 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
         wide_peak=machine.peak("bf16" if layout.precision == "fp8" else layout.precision),
         matmul=machine.family.matmul,
     )  # fmt: skip
-    passes = PASSES + (2 if layout.recompute == "full" else 0)
+    again = RECOMPUTED_ON_CPU if machine.is_cpu else RECOMPUTED
+    ways = 1 + (again if layout.recompute == "full" else 0)
+    passes = PASSES * ways
     stored = terms.add(
         "step.stored",
         "size / 2 * (hidden * ((18 + 4 * width) / tp if sequence_parallel else 10 + (8 + 4 * width) / tp) "
-        "+ 5 * heads * seq / tp * scores * (1.5 if scores_again else 1))", "B a token and layer",
+        "+ 5 * heads * seq * padded**2 / tp * scores * (1.5 if scores_again else 1))", "B a token and layer",
         "[2] section 4, of 16 bits: what a layer stores, its feed-forward layer `width` wide; scores that alone are "
         "recomputed go through memory six times for four", size=layout.weight_bytes,
         width=shape.width, hidden=shape.hidden, tp=layout.tp, sequence_parallel=layout.sequence_parallel,
-        heads=shape.heads, seq=shape.seq, scores=0 if shape.fused_attention else 1,
+        heads=shape.heads, seq=shape.seq, padded=shape.padded, scores=0 if shape.fused_attention else 1,
         scores_again=layout.recompute == "selective",
     )  # fmt: skip
     activations = terms.add(
         "step.activations", "passes * tokens * layers / pp * stored / (bandwidth * share)", "s a micro-batch",
-        "written, read, read again, gradient written; two more if recomputed; share: fitted", passes=passes,
+        "written, read, read again, gradient written; again if recomputed; share: fitted", passes=passes,
         tokens=job.micro_tokens, layers=shape.layers, pp=layout.pp, stored=stored, bandwidth=machine.device_bandwidth,
         share=machine.family.memory,
     )  # fmt: skip
@@ -82,7 +86,7 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
         "step.weights", "(size * reads + 2 * gradient) * parameters / rate", "s a micro-batch",
         "weights are read in each pass, sums of gradients read and written", size=layout.weight_bytes,
         reads=3 if layout.recompute == "full" else 2, gradient=layout.gradient_bytes, parameters=computed_here(job),
-        rate=machine.stream_rate,
+        rate=machine.weights_rate,
     )  # fmt: skip
     experts = terms.add(
         "step.dispatch",
@@ -115,18 +119,25 @@ def add_compute(terms: Terms, job: Job, machine: Hardware, flops: Term) -> Term:
     )  # fmt: skip
     matrices = terms.add(
         "step.matrices", "(products**p + weights**p)**(1/p)", "s a micro-batch",
-        "of one product the longer of multiplying and reading counts; of many, a p-norm", products=products,
-        weights=weights, p=BUILT_OVERLAP,
+        "of one product the longer of multiplying and reading counts; of many, a p-norm; a CPU sums gradients after it",
+        products=products, weights=weights, p=1.0 if machine.is_cpu else BUILT_OVERLAP,
     )  # fmt: skip
-    device = terms.total(
-        "step.device_work", "s a micro-batch", [matrices, activations, experts, logits, masks, written]
-    )
+    device = terms.add(
+        "step.device_work", "uneven * (matrices + activations + dispatch + logits + one_hot + masks)",
+        "s a micro-batch", "of the device whose rows hold the most, for which the others wait", uneven=shape.uneven,
+        matrices=matrices, activations=activations, dispatch=experts, logits=logits, one_hot=masks, masks=written,
+    )  # fmt: skip
     launches = terms.add(
-        "step.launches", "passes * layers / pp * seconds", "s a micro-batch",
-        "the host's time to start a layer's kernels and hooks, which bounds small micro-batches: assumed",
-        passes=3 if layout.recompute == "full" else 2, layers=shape.layers, pp=layout.pp, seconds=LAUNCH_SECONDS,
+        "step.launches", "passes / pp * (layers * layer_seconds + expert_layers * experts / ep * expert_seconds)",
+        "s a micro-batch", "the host's time to start a layer's kernels and hooks, which bounds small micro-batches: "
+        "assumed of GPUs, where all experts start at once", passes=2 * ways,
+        pp=layout.pp, layers=shape.layers, layer_seconds=machine.family.layer_seconds, ep=max(layout.ep, 1),
+        expert_layers=shape.expert_layers, experts=shape.experts, expert_seconds=machine.family.expert_seconds,
     )  # fmt: skip
-    return terms.add("step.compute", "max(device, launches)", "s a micro-batch", device=device, launches=launches)
+    return terms.add(
+        "step.compute", "device + launches if one_after_the_other else max(device, launches)", "s a micro-batch",
+        "on a CPU the host is the device", one_after_the_other=machine.is_cpu, device=device, launches=launches,
+    )  # fmt: skip
 
 
 def computed_here(job: Job) -> float:

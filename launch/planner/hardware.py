@@ -1,7 +1,8 @@
 """What a job runs on: devices, nodes, links, and how much of each number on a data sheet is reached.
 
-Three constants a family of devices are fitted, to the rows of `benchmarks/calibration.csv` that `m6 plan --validate`
-lists; all else here is published, or said to be an assumption.
+Three constants a family of GPUs are fitted, to the rows of `benchmarks/calibration.csv` that `m6 plan --validate`
+lists; those of a CPU, to small trainings on that very machine (`launch/small_jobs.py`). All else here is published, or
+said to be an assumption.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ WAITING, MULTIPLYING = 0.4, 0.9
 HOST_SHARE = 0.8
 
 
+# An NVLink collective's share of the link's peak. Chosen by hand with MLM20 in view; large ones
+# reach 0.8.
+LINK_SHARE = 0.65
+
+
 @dataclass(frozen=True)
 class Family:
     """The fitted constants: shares that are reached of the peaks on the data sheet.
 
     matmul: of the matrix units' peak, in large products; memory: of the device memory's bandwidth, over all that is
     read and written besides; network: of the links between nodes, in collectives; update: of host memory's bandwidth,
-    in the optimizer's step, and on a CPU by all that goes through whole weights.
+    in the optimizer's step; weights: likewise, where a CPU reads weights and sums their gradients; gathers: of the
+    links inside a node, by ZeRO's collectives; layer_seconds: what the host takes for one layer in one pass, whatever
+    its size, on a CPU beside all else, on a GPU while that computes; expert_seconds: likewise for an expert, on a CPU.
     """
 
     matmul: float
@@ -35,11 +43,11 @@ class Family:
     network: float
     fitted_by: str  # groups of rows
     update: float = HOST_SHARE
+    weights: float = HOST_SHARE
+    gathers: float = LINK_SHARE
+    layer_seconds: float = 0.5e-3  # assumed
+    expert_seconds: float = 0.0
 
-
-# An NVLink collective's share of the link's peak. Chosen by hand with MLM20 in view; large ones
-# reach 0.8.
-LINK_SHARE = 0.65
 
 # What DeepEP's kernels reach of the links between nodes, where collectives reach the fitted share: its README reports
 # 43 to 58 GB/s on links of 50.
@@ -51,8 +59,8 @@ FAMILIES = {
     "A100": Family(0.75, 0.57, 0.37, "MLM21, MLM20-A, KOR, AZ, BSA, DSMOE"),
     "H100": Family(0.55, 0.37, 0.42, "MCH100, MXTRL, Q235, BR-1, TT-2t, MLP-1, MLP-4, RUN-1"),
     "B200": Family(0.62, 0.23, 0.42, "BR-2, BR-3"),
-    # Of rates that were measured, not of a data sheet. Between machines nothing was fitted.
-    "CPU": Family(0.70, 0.106, OTHER_NETWORK, "benchmarks/plan_here.md", 0.153),
+    # Of rates that were measured, not of a data sheet; what `m6 doctor` expects of a CPU before it has tried it.
+    "CPU": Family(0.9, 0.25, OTHER_NETWORK, "assumed", 0.5, 0.3, 0.8, 10e-3, 0.2e-3),
 }
 OTHER_FAMILY = Family(0.6, 0.6, OTHER_NETWORK, "")  # about the middle of the fitted ones
 
@@ -87,6 +95,7 @@ class Hardware:
     switch_watts: float = 0.0  # a node's share of the switches
     is_cpu: bool = False  # a device is a rank's share of the host and of its memory
     process_bytes: float | None = None  # of a rank on its device beside all tensors, where it was measured
+    reached: Family | None = None  # by this very machine, where it was measured
 
     @property
     def nodes(self) -> float:
@@ -98,8 +107,15 @@ class Hardware:
         return min(self.host_link, self.host_links / self.devices_per_node)
 
     @property
-    def stream_rate(self) -> float:
-        """Bytes a second of weights and states, in large pieces; a CPU rank goes through them with all its threads."""
+    def weights_rate(self) -> float:
+        """Bytes a second of weights and sums of gradients; a CPU rank goes through them with all its threads."""
+        if self.is_cpu:
+            return self.family.weights * self.host_bandwidth / self.devices_per_node
+        return self.family.memory * self.device_bandwidth
+
+    @property
+    def states_rate(self) -> float:
+        """Likewise of states on the device, in the optimizer's step."""
         if self.is_cpu:
             return self.family.update * self.host_bandwidth / self.devices_per_node
         return self.family.memory * self.device_bandwidth
@@ -110,8 +126,13 @@ class Hardware:
         return 1.0 if self.is_cpu else HOST_SHARE
 
     @property
+    def link_share(self) -> float:
+        """What an all-to-all or an all-reduce reaches of the links inside a node."""
+        return 1.0 if self.is_cpu else LINK_SHARE
+
+    @property
     def family(self) -> Family:
-        return family(self.device)
+        return self.reached or family(self.device)
 
     def peak(self, precision: str) -> float:
         """FLOP/s of a precision; of the next wider one where the device has none such. Raises UserError if none is."""

@@ -28,6 +28,9 @@ class Shape:
     rows: float = 0.0  # experts that a token passes through in such a layer
     head_width: float = 0.0  # of its queries and values, the mean; 0: the heads share out the hidden size
     fused_attention: bool = True  # scores stay on the chip, and masked blocks are left out
+    score_bytes: float = 5.0  # of 16 bits: what attention that is not fused keeps of a score, dropout's mask among it
+    uneven: float = 1.0  # how many times more positions the fullest device has, for which all others wait
+    padded: float = 1.0  # how many times longer rows are in attention than `seq`: it alone sees what is empty, too
     targets: float = 1.0  # predictions a position, each of which passes the head
     shared: bool = False  # one layer's weights serve all
 

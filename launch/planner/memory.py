@@ -55,6 +55,7 @@ def add_activations(terms: Terms, job: Job, mode: str = "") -> Term:
     terms.add(
         "memory.stored", each, "B a position, hidden unit and layer", "[2] equations 1 to 4, section 5",
         width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, hidden=shape.hidden,
+        score=shape.score_bytes,
     )  # fmt: skip
     return terms.add(
         "memory.activations", "tokens * layers * (hidden * stored * size / 2 + kept_rows) * schedule", "B",
@@ -68,7 +69,7 @@ def add_activations(terms: Terms, job: Job, mode: str = "") -> Term:
 
 def stored_bytes(mode: str, fused: bool) -> str:
     """The formula of [2], table 2, for a mode such as `selective+seqpar`."""
-    scores = "" if "selective" in mode or fused else " + 5 * heads * seq / (hidden * tp)"
+    scores = "" if "selective" in mode or fused else " + score * heads * seq / (hidden * tp)"
     if mode == "alternate":
         return "((18 + 4 * width) / tp + 2) / 2"
     if "full" in mode:
@@ -88,7 +89,8 @@ def add_passes(terms: Terms, job: Job) -> list[Term]:
         f"recomputed * tokens * hidden * size / 2 * ({whole}) + size * tokens * rows * (2 * hidden + 3 * ffn)", "B",
         "[2] equation 1, of the layer in hand; rows at their experts, of width ffn",
         recomputed=layout.recompute == "full", tokens=job.micro_tokens, hidden=shape.hidden, size=layout.weight_bytes,
-        width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, rows=shape.rows, ffn=shape.ffn,
+        width=shape.width, tp=layout.tp, heads=shape.heads, seq=shape.seq, score=shape.score_bytes, rows=shape.rows,
+        ffn=shape.ffn,
     )  # fmt: skip
     logits = terms.add(
         "memory.logits", "(size + 4 + 4) * tokens * targets * vocab / tp", "B",

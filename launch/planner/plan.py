@@ -17,7 +17,7 @@ from training.placement import TIERS
 # How far an estimate may be off: over the largest errors of `m6 plan --validate` by kind of job (docs/planner.md), and
 # of machines without GPUs those of benchmarks/plan_here.md.
 TIME, TIME_OF_EXPERTS, TIME_OF_OFFLOAD, MEMORY, POWER = 0.25, 0.30, 0.30, 0.10, 0.10
-TIME_OF_CPU, MEMORY_OF_CPU = 1.6, 0.20
+TIME_OF_CPU, MEMORY_OF_CPU = 0.40, 0.20
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,12 @@ def _remarks_on_states(work: Work) -> list[str]:
         found.append(
             f"{work.cluster.device.name} has no bf16: planned with the rate and bytes of fp16, which the engine does "
             "not train in; say bf16.enabled=false to plan what would run"
+        )
+    reached = work.cluster.device.reached
+    if reached and reached.precision != work.job.layout.precision:
+        found.append(
+            f"device.reached was measured in {reached.precision}, the job trains in {work.job.layout.precision}: its "
+            "times are less certain"
         )
     config = work.config
     pairs = zip(config.placement.parameters, config.placement.optimizer, strict=True)

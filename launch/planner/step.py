@@ -20,10 +20,12 @@ def add_step(terms: Terms, job: Job, machine: Hardware) -> Term:
     flops = add_flops(terms, job)
     compute = add_compute(terms, job, machine, flops)
     busy = _pipelined(terms, job, compute, add_exchanges(terms, job, machine), add_all_to_all(terms, job, machine))
+    host_traffic = add_host_traffic(terms, job, machine)
     passes = terms.add(
-        "step.passes", "(busy**p + gathers**p + host_traffic**p)**(1/p)", "s", "what runs side by side, by a p-norm",
-        busy=busy, gathers=add_gathers(terms, job, machine), host_traffic=add_host_traffic(terms, job, machine),
-        p=BUILT_OVERLAP if job.layout.overlapped else 1.0,
+        "step.passes", "((busy**p + gathers**p + host_traffic**p)**(q/p) + disk_weights**q)**(1/q)", "s",
+        "what runs side by side, by a p-norm; disks are read ahead", busy=busy,
+        gathers=add_gathers(terms, job, machine), host_traffic=host_traffic, disk_weights=terms["step.disk_weights"],
+        p=BUILT_OVERLAP if job.layout.overlapped else 1.0, q=BUILT_OVERLAP,
     )  # fmt: skip
     return terms.add(
         "step.seconds", "(passes**p + reduction**p)**(1/p) + optimizer", "s", passes=passes,

@@ -6,7 +6,7 @@ ZeRO, arXiv 1910.02054, section 7; [3] GShard, arXiv 2006.16668, section 3.2.
 
 from __future__ import annotations
 
-from launch.planner.hardware import LINK_SHARE, ROUTED_SHARE, Hardware
+from launch.planner.hardware import ROUTED_SHARE, Hardware
 from launch.planner.job import Job
 from launch.planner.memory import expert_layer
 from launch.planner.terms import Term, Terms
@@ -27,7 +27,7 @@ def _tensor(terms: Terms, job: Job, machine: Hardware) -> Term:
         "2 * passes * layers / pp * 2 * (tp - 1) / tp * tokens * hidden * size / (link * share)",
         "s a micro-batch", "[1] section 3.2, ring all-reduce of activations", size=layout.weight_bytes,
         passes=3 if layout.recompute == "full" else 2, layers=shape.layers, pp=layout.pp, tp=layout.tp,
-        tokens=job.micro_tokens, hidden=shape.hidden, link=machine.link, share=LINK_SHARE,
+        tokens=job.micro_tokens, hidden=shape.hidden, link=machine.link, share=machine.link_share,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def add_all_to_all(terms: Terms, job: Job, machine: Hardware) -> Term:
         "s a micro-batch", "inside the node and between nodes at once; a message to each rank elsewhere takes its time",
         bytes=volume, rows=shape.rows, exchanges=passes * shape.expert_layers / layout.pp, ep=layout.ep,
         latency=MESSAGE_SECONDS,
-        near=near, copies=copies, link=machine.link, link_share=LINK_SHARE,
+        near=near, copies=copies, link=machine.link, link_share=machine.link_share,
         network=machine.network / machine.devices_per_node, share=machine.family.network, once=layout.routed_once,
         routed_share=ROUTED_SHARE,
     )  # fmt: skip
@@ -119,6 +119,7 @@ def _around(terms: Terms, key: str, job: Job, machine: Hardware, bytes_each: str
         key,
         f"({bytes_each}) * max((groups * common + spread * experts) * apart / (network * share), " "(common + "
         f"experts) / (link * link_share))", "s", source, groups=groups, common=common, experts=experts, spread=spread,
-        apart=apart, network=machine.network, share=machine.family.network, link=machine.link, link_share=LINK_SHARE,
+        apart=apart, network=machine.network, share=machine.family.network, link=machine.link,
+        link_share=machine.family.gathers,
         **inputs,
     )  # fmt: skip

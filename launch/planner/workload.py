@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.planner.cluster import Cluster
 from launch.planner.job import Job, Layout, Shape, Shares
-from model.config import PRESETS, ModelConfig
+from model.config import MOST_SCORES, PRESETS, ModelConfig
 from training.ds_config import FOLDER, DSConfig, default_path, resolve
 from training.errors import UserError
 from training.parent import load_recipe
@@ -22,12 +22,26 @@ from training.recipe import Recipe, leaves, nearest, parse_recipe, read_mapping
 # Of a preset without a recipe: the rows of a device as M6-T trained and, with 16 patches, 128 positions, as recalled.
 ROWS, TEXT_POSITIONS, TOKENS = 8, 112, 10**9
 
+PROBABILITY_BYTES = 2.0  # a score, of 16 bits: all that our attention keeps of it, where it keeps any (CPUs)
+
 KEPT, BUCKET = 1e9, 5e8  # elements: DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size
 
 
 def typed(key: str, value: Any) -> str:
     """A setting as it is typed."""
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+class Fill(NamedTuple):
+    """How full rows are. What is empty is left out of all work but attention's."""
+
+    held: float = 1.0  # share of a row's positions that hold something
+    targets: float | None = None  # share of those that are predicted; None: all text
+    width: float = 1.0  # positions of a batch's rows, of those that a row may have
+    uneven: float = 1.0  # of a micro-batch: the fullest rank's positions over the average rank's
+
+
+FULL = Fill()
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Work:
     config: DSConfig
     cluster: Cluster
     tokens: float  # positions to be trained on
-    filled: float = 1.0  # share of a row's positions that hold something; the others are left out of all work
+    fill: Fill = FULL
     delinked: bool = False  # the recipe is that of the training after its layers were delinked
 
     @property
@@ -61,17 +75,22 @@ class Work:
         """The same with overrides of its recipe. Raises UserError."""
         recipe = parse_recipe(self.recipe.model_dump(mode="json"), overrides, "the recipe")
         found = resolved(recipe, self.cluster, self.tokens)
-        return replace(found, filled=self.filled, delinked=self.delinked)
+        # Sums of more rows differ less.
+        uneven = 1 + (self.fill.uneven - 1) * (self.config.micro_batch / found.config.micro_batch) ** 0.5
+        return replace(found, fill=self.fill._replace(uneven=uneven), delinked=self.delinked)
 
     @property
     def job(self) -> Job:
         """With full rows, for which there has to be memory."""
-        return Job(_shape(self.recipe, self.config, 1.0), _layout(self.config, self.cluster))
+        return self._job(FULL)
 
     @property
     def usual(self) -> Job:
         """With rows as they are, which take the time."""
-        return Job(_shape(self.recipe, self.config, self.filled), _layout(self.config, self.cluster))
+        return self._job(self.fill)
+
+    def _job(self, fill: Fill) -> Job:
+        return Job(_shape(self.recipe, self.config, self.cluster, fill), _layout(self.config, self.cluster))
 
 
 # What a plan reads, or what costs nothing; all of the block m6 besides.
@@ -106,11 +125,11 @@ def load_work(
     tokens: float | None,
     overrides: Sequence[str],
     delinked: bool,
-    filled: float = 1.0,
+    fill: Fill = FULL,
 ) -> Work:
     """`model`: a preset's name or a recipe's path. Raises UserError."""
     changes = [*([f"ds_config={ds_config}"] if ds_config else []), *overrides]
-    if Path(model).suffix in (".yaml", ".yml"):
+    if is_recipe(model):
         recipe = load_recipe(model, changes)
         steps: int | None = recipe.steps
     else:
@@ -119,10 +138,14 @@ def load_work(
         if not recipe.delink.wanted:
             raise UserError("--delinked: the recipe has no delink.after or delink.flat; leave it out")
         recipe = recipe.delinked()
-    work = replace(resolved(recipe, cluster, tokens or TOKENS), filled=filled, delinked=delinked)
+    work = replace(resolved(recipe, cluster, tokens or TOKENS), fill=fill, delinked=delinked)
     if steps and not tokens:
         return replace(work, tokens=steps * work.usual.tokens)
     return work
+
+
+def is_recipe(model: str) -> bool:
+    return Path(model).suffix in (".yaml", ".yml")
 
 
 def _plain(model: str, cluster: Cluster, changes: list[str]) -> Recipe:
@@ -157,11 +180,11 @@ def resolved(recipe: Recipe, cluster: Cluster, tokens: float) -> Work:
     return Work(recipe, config, cluster, tokens)
 
 
-def _shape(recipe: Recipe, config: DSConfig, filled: float) -> Shape:
+def _shape(recipe: Recipe, config: DSConfig, cluster: Cluster, fill: Fill) -> Shape:
     model = config.model
     counts, layers = model.parameter_counts(), 1 if model.share_layers else model.layers
     positions = model.image_patches + recipe.text_positions
-    seq = positions * filled
+    seq = positions * fill.held
     outside = counts.embeddings + counts.image + counts.bags
     common = counts.attention + counts.norms + counts.routers
     return Shape(
@@ -170,7 +193,9 @@ def _shape(recipe: Recipe, config: DSConfig, filled: float) -> Shape:
         head=model.vocab * model.hidden, experts=model.experts,
         expert=model.expert_parameters if model.experts else 0.0, expert_layers=model.layers if model.experts else 0,
         rows=expert_rows(model, config.micro_batch * seq),
-        targets=recipe.text_positions / positions, shared=model.share_layers,
+        fused_attention=cluster.gpus_per_node > 0, padded=fill.width / fill.held, uneven=fill.uneven,
+        score_bytes=PROBABILITY_BYTES if config.micro_batch * model.heads * positions**2 <= MOST_SCORES else 0.0,
+        targets=recipe.text_positions / positions if fill.targets is None else fill.targets, shared=model.share_layers,
     )  # fmt: skip
 
 

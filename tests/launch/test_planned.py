@@ -9,10 +9,10 @@ import yaml
 
 from launch.measured_cluster import described
 from launch.nodes import Place
-from launch.planned import filled_share, foretold, write_plan
+from launch.planned import ROWS, fill_of, foretold, write_plan
 from launch.planner.cluster import load_cluster
 from launch.planner.plan import make_plan
-from launch.planner.workload import load_work
+from launch.planner.workload import Fill, load_work
 from launch.run import Plan as Checked
 from launch.run import TrainingRun, keep_plan, launch
 from tests.made_machine import MACHINE
@@ -57,12 +57,14 @@ def test_a_cpus_memory_is_counted_once_and_what_is_short_is_told(cluster: str) -
 
 def test_rows_that_are_not_full_take_less_time_and_the_same_memory(cluster: str) -> None:
     full, sparse = (
-        make_plan(load_work("m6-tiny", load_cluster(cluster), "ds_configs/cpu.json", None, [], False, filled))
+        make_plan(load_work("m6-tiny", load_cluster(cluster), "ds_configs/cpu.json", None, [], False, Fill(filled)))
         for filled in (1.0, 0.4)
     )
     assert sparse.terms["step.seconds"].value < 0.8 * full.terms["step.seconds"].value
     assert sparse.terms["memory.device_bytes"].value == full.terms["memory.device_bytes"].value
     assert sparse.work.usual.tokens == pytest.approx(0.4 * full.work.usual.tokens)
+    scores = [plan.terms["flops.scores"].value * plan.work.usual.tokens for plan in (full, sparse)]
+    assert scores[0] == pytest.approx(scores[1])  # attention alone sees what is empty
 
 
 def test_the_share_that_rows_fill_is_that_of_their_tokens(sample_corpus: Corpus) -> None:
@@ -71,9 +73,14 @@ def test_the_share_that_rows_fill_is_that_of_their_tokens(sample_corpus: Corpus)
 
     wanted = recipe(sample_corpus)
     order, model = training_order(sample_corpus, wanted), wanted.model_shape()
-    batch = Collator(sample_corpus, model)([order.row(place) for place in range(16)], 64)
+    batch = Collator(sample_corpus, model)([order.row(place) for place in range(ROWS)], 64)
     tokens = int((batch["length_B"] + model.image_patches * batch["has_image_B"]).sum())
-    assert filled_share(wanted) == pytest.approx(tokens / (16 * (model.image_patches + 64)))
+    found = fill_of(wanted, ranks=2, micro_batch=4)
+    assert found.held == pytest.approx(tokens / (ROWS * (model.image_patches + 64)))
+    assert found.targets == pytest.approx(int((batch["labels_BT"] >= 0).sum()) / tokens)
+    own = batch["length_B"] + model.image_patches * batch["has_image_B"]
+    shares = own.view(-1, 2, 4).sum(2).float()
+    assert found.uneven == pytest.approx(float(shares.amax(1).mean() / shares.mean())) and found.uneven > 1
 
 
 def test_a_plan_is_kept_by_the_names_that_a_run_has_for_its_own_figures(

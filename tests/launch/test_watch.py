@@ -7,12 +7,15 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from dataclasses import replace as changed
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +25,7 @@ from launch.watch import Watcher, bar, fitted, seconds_left, state, view, watch
 from tests.training.fake_run import make_load, make_recipe, make_run, make_samples, rest_of
 from training.errors import LEFT, MISTAKE, UserError
 from training.files import replace
-from training.heartbeat import Beat
+from training.heartbeat import Beat, pid_namespace
 from training.records import write_json
 from training.run import PLAN, RANKS
 
@@ -117,6 +120,29 @@ def test_it_fits_the_terminal_and_shows_the_last_event(run: Path, width: int, he
 def test_its_state_is_what_its_ranks_tell(run: Path, beats: list[Beat], ago: float, told: str) -> None:
     tell(run, *beats, ago=ago)
     assert state(Watcher(run).look()).plain.startswith(told)
+
+
+def test_a_rank_that_was_killed_here_is_told_at_once(run: Path) -> None:
+    """Not after minutes of silence; a process that has taken its number since is another."""
+    here = psutil.Process()
+    alive = beat(
+        host=socket.gethostname(), pid=here.pid, started=here.create_time() + 1, usual_seconds=400.0,
+        namespace=pid_namespace(),
+    )  # fmt: skip
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    for changes, told in (
+        ({}, "training"),
+        ({"started": here.create_time() - 99}, "rank 0 was killed; m6 train --resume goes on where no supervisor does"),
+        ({"pid": process.pid}, "rank 0 was killed"),
+        ({"pid": process.pid, "host": "node1"}, "training"),
+        ({"pid": process.pid, "namespace": 1}, "training"),  # of another container on this host
+        ({"pid": process.pid, "phase": "ended", "code": 0}, "done"),
+    ):
+        tell(run, changed(alive, **changes), ago=10)
+        assert state(Watcher(run).look()).plain.startswith(told)
+    tell(run, changed(alive, pid=process.pid), ago=1)
+    assert state(Watcher(run).look()).plain.startswith("training")
 
 
 def test_time_left_is_told_while_it_trains(run: Path) -> None:

@@ -14,24 +14,25 @@ from training.data.corpus import Corpus
 # fp32: summation order alone differs, seen up to 3e-8. bf16: see benchmarks/parity.md.
 TOLERANCE = 1e-5
 NARROW = ranks.MODEL | {"ffn": 256}  # the wide ones are for the disk
+STEPS = 8  # `benchmarks.parity` has more
 
 pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
 def trained(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Losses and norms of 20 steps by (world, tier, ep), each trained once, of narrow experts unless `wide`."""
+    """Losses and norms of steps by (world, tier, ep), each trained once, of narrow experts unless `wide`."""
     known: dict[Any, list[tuple[float, float]]] = {}
 
     def train(
-        world: int, tier: dict[str, Any], parallel: int, wide: bool = False, **block: Any
+        world: int, tier: dict[str, Any], parallel: int, wide: bool = False, steps: int = STEPS, **block: Any
     ) -> list[tuple[float, float]]:
-        key = (world, str(tier), parallel, wide, str(block))
+        key = (world, str(tier), parallel, wide, steps, str(block))
         if key not in known:
             swap = tmp_path_factory.mktemp("swap")
             ds = ranks.settings(tier, parallel, **block)
             changes = {"model": ranks.MODEL if wide else NARROW}
-            results = run_ranks(world, ranks.train, sample_corpus.folder.parent, swap, ds, changes)
+            results = run_ranks(world, ranks.train, sample_corpus.folder.parent, swap, ds, changes, steps)
             assert all(result == results[0] for result in results), "ranks disagree on the global loss"
             known[key] = results[0]
         return known[key]
@@ -45,7 +46,7 @@ def agree(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> bool:
 
 
 def test_losses_fall_and_clipping_is_active(trained: Any) -> None:
-    results = trained(2, ranks.CPU, 2)
+    results = trained(2, ranks.CPU, 2, steps=ranks.RECIPE["steps"])
     losses, norms = zip(*results, strict=True)
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert min(norms) > ranks.RECIPE["optimizer"]["clip"]
@@ -88,12 +89,12 @@ def test_shared_layers_train_under_the_engine(sample_corpus: Corpus, tmp_path: P
     results = []
     for parallel, recompute in ((2, False), (2, True), (1, False)):
         ds = ranks.settings(ranks.CPU, parallel, recompute=recompute)
-        results.append(run_ranks(2, ranks.train, sample_corpus.folder.parent, tmp_path, ds, changes)[0])
+        results.append(run_ranks(2, ranks.train, sample_corpus.folder.parent, tmp_path, ds, changes, STEPS)[0])
     assert agree(results[0], results[1]) and agree(results[0], results[2])
 
 
 def test_contrastive_groups_do_not_depend_on_the_layout(sample_corpus: Corpus, tmp_path: Path) -> None:
-    """Few steps: a sharp softmax over cosines multiplies rounding."""
+    """Fewer steps: a sharp softmax over cosines multiplies rounding."""
     mixture = {"tasks": {"contrast": 2, "caption": 1, "match": 1, "ask": 1}, "contrast_pairs": 2}
     changes, data = {"model": NARROW | {"bag_width": 32}, **mixture}, sample_corpus.folder.parent
     results = [

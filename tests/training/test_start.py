@@ -1,10 +1,11 @@
 """What a rank starts with, and what it leaves behind."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-from tests.ranks import run_ranks
+from tests.ranks import ENVIRONMENT, run_ranks
 from training.errors import UserError
 from training.start import check_alike, init_distributed
 
@@ -43,3 +44,24 @@ def unlike() -> str:
 def test_a_rank_whose_settings_are_not_the_first_ones_says_which():
     first, second = run_ranks(2, unlike)
     assert first == "" and "the ds_config comes to bf16.enabled=False (rank 0: True): say in the recipe's ds" in second
+
+
+LEAVE = """
+import atexit, sys, threading, time
+from training.start import init_distributed, leave
+init_distributed()
+atexit.register(print, "at the end")
+threading.Thread(target=lambda: (time.sleep(1), print("written"))).start()
+print("said")
+print("told", file=sys.stderr)
+leave(7)
+"""
+
+
+def test_a_rank_leaves_with_its_code_and_all_that_it_said() -> None:
+    """And without Python's own end, in which a thread of gloo may abort it."""
+    environment = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE], env=environment | ENVIRONMENT, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (7, "said\nwritten\n") and "told" in done.stderr

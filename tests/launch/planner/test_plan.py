@@ -22,7 +22,7 @@ from launch.planner.plan import Plan, as_json, make_plan
 from launch.planner.search import search
 from launch.planner.step import add_step
 from launch.planner.terms import Terms
-from launch.planner.workload import expert_rows, load_work
+from launch.planner.workload import Fill, expert_rows, load_work
 from model.config import PRESETS
 from training.errors import UserError
 
@@ -266,7 +266,7 @@ def test_a_layer_more_on_the_host_never_takes_more_of_the_device(
 @LAW
 @given(st.floats(1, 1e18), st.floats(0.001, 1))
 def test_the_figures_of_any_training_are_json_and_in_proportion(tokens: float, filled: float) -> None:
-    work = load_work("m6-1t", load_cluster(H100), CONFIG, tokens, ["global_batch=4096"], False, filled)
+    work = load_work("m6-1t", load_cluster(H100), CONFIG, tokens, ["global_batch=4096"], False, Fill(filled))
     once, twice = (make_plan(replace(work, tokens=size)) for size in (tokens, 2 * tokens))
     json.dumps(as_json(once), allow_nan=False)
     for key in ("days", "energy.kwh", "co2e_kg", "cost"):
@@ -509,6 +509,10 @@ def test_a_wrong_cluster_file_is_one_line(tmp_path: Path, values: dict[str, obje
         (["--tokens", "1e400"], "m6: Invalid value for '--tokens': inf is not in the range"),
         (["--filled", "nan"], "m6: Invalid value for '--filled': nan is no number"),
         (["--filled", "1e-300"], "m6: Invalid value for '--filled': 1e-300 is not in the range"),
+        (
+            ["--model", "m6-1t", "--cluster", V100, "--filled", "auto"],
+            "m6: --filled auto: m6-1t has no data to look at; give a recipe, or a share",
+        ),
         (["--model", "m6-1t", "--cluster", V100, "steps=5"], "m6: steps=…: a preset has no steps; say --tokens"),
         (
             ["--model", "m6-1t", "--cluster", V100, "model.layers=100000000000"],
@@ -570,3 +574,54 @@ def test_clusters_are_complete() -> None:
         machine = load_cluster(str(path)).hardware
         assert isinstance(machine, Hardware)
         assert f"x{machine.devices}" in path.stem and machine.family.fitted_by
+
+
+REACHED = {
+    "precision": "bf16", "products": 0.9, "passes": 0.2, "weights": 0.3, "states": 0.8, "gathers": 0.8,
+    "layer_seconds": 0.008, "expert_seconds": 3e-4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [name for name in REACHED if name != "precision"])
+def test_a_cpu_that_reaches_more_is_never_slower(tmp_path: Path, share: str) -> None:
+    def seconds(value: float) -> float:
+        cluster = load_cluster(changed(tmp_path, **CPUS, device__reached=REACHED | {share: value}))
+        ds = ["ds.expert_parallel.autoep_size=1"]
+        plan = make_plan(load_work("m6-tiny", cluster, "ds_configs/cpu-offload.json", None, ds, False))
+        return plan.terms["step.seconds"].value
+
+    slow, fast = (seconds(factor * REACHED[share]) for factor in (1, 2))
+    assert slow < fast if share.endswith("seconds") else slow > fast
+
+
+def test_what_was_reached_in_another_precision_is_told(tmp_path: Path) -> None:
+    for precision, told in (("bf16", False), ("fp32", True)):
+        cluster = load_cluster(changed(tmp_path, **CPUS, device__reached=REACHED | {"precision": precision}))
+        plan = make_plan(load_work("m6-tiny", cluster, "ds_configs/cpu.json", None, ["ds.bf16.enabled=true"], False))
+        assert any("was measured in fp32, the job trains in bf16" in remark for remark in plan.remarks) == told
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"products": 0}, "device.reached.products=0: must be a finite number from"),
+        ({"layer_seconds": -1}, "device.reached.layer_seconds=-1: must be a finite number from 0"),
+        ({"precision": "bf61"}, "device.reached.precision"),
+        ({"product": 1}, "device.reached.product is unknown; did you mean"),
+    ],
+)
+def test_what_no_cpu_reaches_is_one_line(tmp_path: Path, values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_cluster(changed(tmp_path, **CPUS, device__reached=REACHED | values))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_attention_of_a_cpu_is_never_cheaper_where_it_keeps_no_scores(tmp_path: Path) -> None:
+    """Beyond MOST_SCORES it takes less memory, and as much time a row."""
+    rows = int((2**25 / (4 * 128**2)) // 2)
+    seconds = []
+    for micro in (rows // 8, rows // 4, rows // 2, rows, 2 * rows, 4 * rows):
+        batch = [f"global_batch={4 * rows * 2}", f"ds.train_micro_batch_size_per_gpu={micro}"]
+        plan = make_plan(load_work("m6-tiny", cpus(tmp_path), "ds_configs/cpu.json", None, batch, False))
+        seconds.append(plan.terms["step.activations"].value / micro)
+    assert seconds == pytest.approx([seconds[0]] * len(seconds))
