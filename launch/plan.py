@@ -274,7 +274,7 @@ def _show_search(candidates: list[Candidate], best: Candidate, ds_key: str) -> N
         terms = candidate.plan.terms
         table.add_row(
             *_columns(candidate), number(terms["step.seconds"].value), gigabytes(terms["memory.device_bytes"].value),
-            number(candidate.cost), f"{candidate.cost / best.cost:.2f}",
+            number(candidate.cost), f"{candidate.times(best):.2f}",
         )  # fmt: skip
     console.print(table)
     if len(fitting) > SHOWN:

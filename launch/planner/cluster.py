@@ -188,7 +188,7 @@ def device_known(hardware: Hardware) -> bool:
 def load_cluster(name: str) -> Cluster:
     """A cluster file, by its path or by its name in `launch/clusters`. Raises UserError."""
     path = Path(name)
-    if not path.suffix:
+    if not path.suffix and not path.is_file():
         path = FOLDER / f"{name}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))

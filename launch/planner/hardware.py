@@ -132,7 +132,7 @@ class Hardware:
 
     @property
     def family(self) -> Family:
-        return self.reached or family(self.device)
+        return self.reached or (FAMILIES["CPU"] if self.is_cpu else family(self.device))
 
     def peak(self, precision: str) -> float:
         """FLOP/s of a precision; of the next wider one where the device has none such. Raises UserError if none is."""

@@ -128,9 +128,10 @@ def _remarks_on_states(work: Work) -> list[str]:
     found = []
     peaks = work.cluster.device.peak_flops
     if work.job.layout.precision == "bf16" and "bf16" not in peaks:
+        taken = "the rate and bytes of fp16" if "fp16" in peaks else "fp32's rate and bytes of 16 bits"
         found.append(
-            f"{work.cluster.device.name} has no bf16: planned with the rate and bytes of fp16, which the engine does "
-            "not train in; say bf16.enabled=false to plan what would run"
+            f"{work.cluster.device.name} has no bf16: planned with {taken}, which the engine does not train in; say "
+            "bf16.enabled=false to plan what would run"
         )
     reached = work.cluster.device.reached
     if reached and reached.precision != work.job.layout.precision:

@@ -30,13 +30,22 @@ class Candidate:
         assert self.plan
         return self.plan.terms["cost"].value
 
+    @property
+    def seconds(self) -> float:
+        assert self.plan
+        return self.plan.terms["step.seconds"].value
+
+    def times(self, best: Candidate) -> float:
+        """The cost, in that of the best; of machines that cost nothing, the time."""
+        return self.cost / best.cost if best.cost else self.seconds / best.seconds
+
     def lost(self, best: Candidate) -> str:
         """Why it is not the best, in words."""
         if not self.plan:
             return self.refused
         if not self.plan.fits:
             return self.plan.limits[0].partition(" are needed")[0] + ", too much"
-        return f"{self.cost / best.cost:.2f} times the cost" if self is not best else "the cheapest that fits"
+        return f"{self.times(best):.2f} times the cost" if self is not best else "the cheapest that fits"
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Found:
 def search(work: Work) -> Found:
     """Try tiers of weights and of the optimizer, recomputation and micro-batches."""
     tried = [_candidate(work, settings) for settings in _settings(work)]
-    fitting = sorted((c for c in tried if c.fits), key=lambda c: c.cost)
+    fitting = sorted((c for c in tried if c.fits), key=lambda c: (c.cost, c.seconds))
     return Found(fitting[0] if fitting else None, fitting + [c for c in tried if not c.fits])
 
 

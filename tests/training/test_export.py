@@ -67,6 +67,7 @@ def trained(sample_corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @torch.no_grad()
+@torch.no_grad()
 def logits(folder: Path, batch: dict[str, Tensor], **memory: Any) -> Tensor:
     return load_exported(folder, **memory)(batch)["logits_BV"]
 
@@ -90,6 +91,7 @@ def test_the_exported_model_says_what_the_engine_says(trained: Any) -> None:
         torch.testing.assert_close(logits(folder / "fp32", result["batch"]), result["logits"], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_from_the_disk_it_says_the_same(trained: Any) -> None:
     folder, results = trained
     batch = results[0]["batch"]
@@ -166,7 +168,7 @@ def load_without_pickle(data: Path, run: Path, blown: Path) -> dict[str, Any]:
     checkpoint.load(rank.engine, found.path, found.manifest, rank.blank_step)
     export_run(str(run), target=run / "without", dtype="fp32")
     batch = unlabelled(rank)
-    return {"engine": rank.engine.next_logits(batch), "exported": load_exported(run / "without")(batch)["logits_BV"]}
+    return {"engine": rank.engine.next_logits(batch), "exported": logits(run / "without", batch)}
 
 
 def test_nothing_that_reads_a_checkpoint_unpickles(trained: Any, sample_corpus: Corpus, tmp_path: Path) -> None:

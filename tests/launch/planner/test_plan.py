@@ -625,3 +625,19 @@ def test_attention_of_a_cpu_is_never_cheaper_where_it_keeps_no_scores(tmp_path: 
         plan = make_plan(load_work("m6-tiny", cpus(tmp_path), "ds_configs/cpu.json", None, batch, False))
         seconds.append(plan.terms["step.activations"].value / micro)
     assert seconds == pytest.approx([seconds[0]] * len(seconds))
+
+
+def test_a_machine_that_costs_nothing_is_searched_for_the_quickest(tmp_path: Path) -> None:
+    cluster = load_cluster(changed(tmp_path, **CPUS, price__per_device_hour=0))
+    found = search(load_work("m6-tiny", cluster, None, None, ["global_batch=64"], False))
+    assert found.best and found.best.plan
+    fitting = [candidate for candidate in found.candidates if candidate.fits]
+    assert found.best.seconds == min(candidate.seconds for candidate in fitting)
+    assert fitting[-1].lost(found.best) == f"{fitting[-1].seconds / found.best.seconds:.2f} times the cost"
+
+
+def test_a_cpu_is_one_whatever_its_name(tmp_path: Path) -> None:
+    named = changed(tmp_path, **CPUS | {"device__name": "host of an A100 node"})
+    assert load_cluster(named).hardware.family == cpus(tmp_path).hardware.family
+    Path(named).rename(tmp_path / "here")
+    assert load_cluster(str(tmp_path / "here")).hardware.is_cpu
