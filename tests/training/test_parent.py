@@ -221,8 +221,9 @@ def test_a_fine_tuned_run_goes_on_without_its_parent_and_is_measured_beside_it(
     m, parent = M6.load("tuned"), M6.load("parent")
     assert m.shape == parent.shape and m.learned("poem")
     # What is frozen has no fp32 masters: it is the parent's in the precision that was trained in.
-    precision = torch.bfloat16 if json.loads((run / "run.json").read_text())["facts"]["precision"] == "bf16" else None
-    frozen = parent.network.vocabulary.weight.to(precision).float()
+    precision = json.loads((run / "run.json").read_text(encoding="utf-8"))["facts"]["precision"]
+    kept = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    frozen = parent.network.vocabulary.weight.to(kept).float()
     assert torch.equal(m.network.vocabulary.weight, frozen)
     assert not torch.equal(m.network.bags.words.weight, parent.network.bags.words.weight)
     known = m.background.rarity
