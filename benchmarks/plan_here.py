@@ -1,8 +1,8 @@
 """Whether the planner foretells small jobs on this very machine: planned from what `m6 doctor` measured, then run.
 
-python -m benchmarks.plan_here [--data data] [--only NAME …] [key=value …]. Ten minutes, on a machine that does nothing
-else: each job is run just after the machine was measured, since what a machine gives varies. None of these jobs has
-chosen any constant: those are fitted to the doctor's own small jobs (`launch/small_jobs.py`).
+python -m benchmarks.plan_here [--data data] [--only NAME …] [key=value …]. A quarter of an hour, on a machine that
+does nothing else: each job is run just after the machine was measured, since what a machine gives varies. None of these
+jobs has chosen any constant: those are fitted to the doctor's own small jobs (`launch/small_jobs.py`).
 """
 
 from __future__ import annotations

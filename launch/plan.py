@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.planned import fill_of
 from launch.planner.cluster import load_cluster
 from launch.planner.plan import PARTS, Plan, as_json, make_plan
 from launch.planner.search import Candidate, overrides, search
@@ -50,6 +49,8 @@ class Request:
             return load_work(*given, Fill(self.filled))
         if not is_recipe(self.model):
             raise UserError(f"--filled auto: {self.model} has no data to look at; give a recipe, or a share")
+        from launch.planned import fill_of  # which reads data: a plan without them starts in an instant
+
         full = load_work(*given)
         return load_work(*given, fill_of(full.recipe, cluster.devices, full.config.micro_batch))
 

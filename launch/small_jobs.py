@@ -2,7 +2,7 @@
 
 Each is dear in one thing that the planner counts: layers that hold next to nothing, many such experts, tokens, wide
 products, weights that few tokens meet, experts that ranks share. Rows are made up, and like real ones in what costs
-time: no two steps have products of the same sizes, which a CPU's kernels are compiled for, and ranks wait for another.
+time: no two steps have products of the same sizes, and ranks wait for one another.
 """
 
 from __future__ import annotations
